@@ -1,0 +1,33 @@
+# Every target works as the first command after a clone: it builds .venv if need be.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-all check bench clean
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[dev]" --constraint constraints.txt
+	touch $@
+
+demo: $(STAMP)  ## train a DRT and its baseline, find needles in a million tokens, write runs/demo/
+	$(BIN)/drt demo
+
+test: $(STAMP)  ## the quick tests, under six minutes on two cores
+	$(BIN)/python -m pytest
+
+test-all: $(STAMP)  ## every test, the slow ones too
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+check: $(STAMP)  ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(STAMP)  ## the benchmarks, printed as tables
+	$(BIN)/python benchmarks/gca.py
+	$(BIN)/python benchmarks/window.py
+
+clean:  ## remove the environment and caches, keep runs/
+	rm -rf $(VENV) .pytest_cache .ruff_cache build dist

@@ -1,0 +1,135 @@
+"""What the benchmarks share: interleaved timing, peak memory, tables, the hardware line."""
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+# glibc gives every block above 32 MB back to the kernel and pays page faults for the next one.
+# With these it keeps them, as tuned installations and other allocators do.
+PAGES_KEPT = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 40),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+}
+ALLOCATORS: dict[str, Mapping[str, str]] = {"default": {}, "pages kept": PAGES_KEPT}
+
+
+class Ratio(NamedTuple):
+    """How long one variant takes relative to another, measured in the same rounds."""
+
+    median: float
+    """Ratio of the medians."""
+    low: float
+    """Smallest ratio of one round."""
+    high: float
+    """Largest ratio of one round."""
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that every benchmark has."""
+    arguments = argparse.ArgumentParser(description=description)
+    arguments.add_argument("--quick", action="store_true", help="smaller sizes, fewer repeats")
+    arguments.add_argument("--json", type=Path, metavar="PATH", help="also write all samples here")
+    arguments.add_argument("--worker", metavar="JOB", help=argparse.SUPPRESS)
+    return arguments
+
+
+def measure(
+    variants: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 1
+) -> dict[str, list[float]]:
+    """CPU seconds of this process for each variant, one sample a round, the variants in turn."""
+    for _ in range(warmup):
+        for variant in variants.values():
+            variant()
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    gc.disable()
+    for _ in range(repeats):
+        for name, variant in variants.items():
+            start = time.process_time()
+            variant()
+            samples[name].append(time.process_time() - start)
+    gc.enable()
+    return samples
+
+
+def ratio(samples: Mapping[str, Sequence[float]], name: str, *, to: str) -> Ratio:
+    """Time of one variant relative to another."""
+    rounds = [mine / other for mine, other in zip(samples[name], samples[to], strict=True)]
+    middle = statistics.median(samples[name]) / statistics.median(samples[to])
+    return Ratio(middle, min(rounds), max(rounds))
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """Resident bytes that a call needs at its peak beyond what the process held before.
+
+    Linux with glibc. Whatever the process does in other threads counts too.
+    """
+    gc.collect()
+    # Pages that the allocator kept from earlier work would hide what the call needs.
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    # Sets the kernel's high-water mark back to the present.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    call()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def run_worker(job: Mapping[str, Any], *, environment: Mapping[str, str]) -> Any:
+    """Run this script again with `--worker JOB` and return what it printed last, as JSON."""
+    command = [sys.executable, sys.argv[0], "--worker", json.dumps(job)]
+    done = subprocess.run(
+        command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def hardware_line() -> str:
+    """Processor, threads and versions."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    found = re.search(r"model name\s*:\s*(.+)", text)
+    isa = torch.backends.cpu.get_cpu_capability()
+    return (
+        f"{found[1] if found else platform.processor()}, {os.cpu_count()} cores, {isa}; "
+        f"{torch.get_num_threads()} torch thread(s); torch {torch.__version__}, "
+        f"Python {platform.python_version()}, {platform.system()} {platform.release()}"
+    )
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A Markdown table."""
+    cells = [list(header), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in cells
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    print(f"\n{title}\n\n" + "\n".join(lines), flush=True)
+
+
+def write_json(path: Path | None, results: Mapping[str, Any]) -> None:
+    """Write results under the hardware line, if a path was given."""
+    if path is not None:
+        path.write_text(json.dumps({"hardware": hardware_line(), **results}, indent=1) + "\n")

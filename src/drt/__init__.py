@@ -1,0 +1,28 @@
+"""DRT: Grouped Cross-Attention and the Differentiable Retrieval-based Transformer."""
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from drt.configuration import DRTConfig
+from drt.memory import ChunkMemory, SlabMemory
+from drt.modeling import DRTCausalLMOutput, DRTForCausalLM
+from drt.ops.gca import grouped_cross_attention
+from drt.ops.window import sliding_window_attention
+from drt.retrieval import Retrieval
+from drt.state import DRTState
+from drt.version import __version__
+
+AutoConfig.register("drt", DRTConfig, exist_ok=True)
+AutoModelForCausalLM.register(DRTConfig, DRTForCausalLM, exist_ok=True)
+
+__all__ = [
+    "ChunkMemory",
+    "DRTCausalLMOutput",
+    "DRTConfig",
+    "DRTForCausalLM",
+    "DRTState",
+    "Retrieval",
+    "SlabMemory",
+    "__version__",
+    "grouped_cross_attention",
+    "sliding_window_attention",
+]

@@ -1,0 +1,1 @@
+"""The `drt` command: one thin file a subcommand."""

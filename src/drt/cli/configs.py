@@ -1,0 +1,34 @@
+"""Where the shipped run configurations are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import drt.version
+
+
+def find_config(name: str) -> Path:
+    """A file's path, or the shipped configuration of that name.
+
+    Args:
+        name: a path, or a shipped configuration's name such as "demo".
+
+    Raises:
+        ValueError: neither exists; the shipped names are listed.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    folder = _folder()
+    shipped = folder / f"{name.removesuffix('.yaml')}.yaml"
+    if shipped.is_file():
+        return shipped
+    names = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+    raise ValueError(f"no configuration file {name}; shipped ones: {names}")
+
+
+def _folder() -> Path:
+    """configs/ beside the sources in a checkout, inside the package when installed."""
+    package = Path(drt.version.__file__).parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parents[1] / "configs"

@@ -1,0 +1,73 @@
+"""`drt eval CHECKPOINT`."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+NAME = "eval"
+HELP = "Ask a trained model for needles at several context lengths."
+EPILOG = "Example: drt eval runs/demo/drt --lengths 1024 65536 --task multi"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("checkpoint", type=Path, help="folder of a run or of a saved model")
+    parser.add_argument("--lengths", type=int, nargs="+", help="context lengths in tokens")
+    parser.add_argument("--task", choices=("single", "multi", "all"), default="all")
+    parser.add_argument("--questions", type=int, help="questions per length and task")
+    parser.add_argument("--corpus", help="haystack: text file, folder, .jsonl or .jsonl.xz")
+    parser.add_argument("--seed", type=int, help="seed of the examples")
+    parser.add_argument("--json", type=Path, help="also write the scores to this file")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Evaluate and print the table."""
+    import json
+
+    from drt.data import load_corpus, load_tokenizer
+    from drt.evaluation import comparison
+    from drt.modeling import DRTForCausalLM
+
+    folder = _model_folder(options.checkpoint)
+    config = _run_config(folder)
+    model = DRTForCausalLM.from_pretrained(folder)
+    corpus = load_corpus(options.corpus or config.corpus, load_tokenizer(str(folder)))
+    tasks = comparison.TASKS if options.task == "all" else (options.task,)
+    scores = comparison.score_by_length(
+        model, corpus, _evaluation(options, config.evaluation), title="evaluate", tasks=tasks
+    )
+    record = {"parameters": model.num_parameters(), **comparison.as_records(scores)}
+    print(comparison.format_table({folder.parent.name or folder.name: record}))
+    if options.json:
+        options.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _model_folder(folder: Path) -> Path:
+    """The folder that holds config.json: the given one, or the `model` folder of a run."""
+    for candidate in (folder, folder / "model"):
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise ValueError(f"{folder} holds no model: there is no config.json in it or in {folder}/model")
+
+
+def _run_config(folder: Path) -> Any:
+    """The configuration that the model was trained with."""
+    from drt.training import load_config
+    from drt.training.run import CONFIG_FILE
+
+    return load_config(folder / CONFIG_FILE)
+
+
+def _evaluation(options: argparse.Namespace, evaluation: Any) -> Any:
+    """The run's evaluation with what the command line changes."""
+    changes: dict[str, Any] = {}
+    if options.lengths:
+        changes["lengths"] = options.lengths
+    if options.questions is not None:
+        changes |= {"num_questions": options.questions, "num_questions_longest": options.questions}
+    if options.seed is not None:
+        changes["seed"] = options.seed
+    return replace(evaluation, **changes)

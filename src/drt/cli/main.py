@@ -1,0 +1,43 @@
+"""`drt`: parse the command, run it, and say errors in one line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from drt.cli import demo, evaluate, train
+
+COMMANDS = (demo, train, evaluate)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of every subcommand."""
+    top = argparse.ArgumentParser(
+        prog="drt", description="Language models with learned causal retrieval."
+    )
+    subparsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        sub = subparsers.add_parser(
+            command.NAME, help=command.HELP, description=command.HELP, epilog=command.EPILOG
+        )
+        command.add_arguments(sub)
+        sub.set_defaults(run=command.run)
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run `drt`; the exit code is 2 for a user's error and 130 after Ctrl-C."""
+    options = parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"drt {options.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\ndrt {options.command}: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""`DRTConfig`: every size and choice of a DRT model, checked when it is made."""
+
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+# What transformers itself adds to a config or to config.json beside the declared fields.
+_FOREIGN_KEYS = frozenset(
+    {"transformers_version", "model_type", "auto_map", "torch_dtype", "_name_or_path"}
+    | {"_commit_hash"}
+    | {"_attn_implementation", "_attn_implementation_internal", "attn_implementation"}
+    | {"_experts_implementation", "experts_implementation", "num_labels", "name_or_path"}
+)
+
+
+@strict
+class DRTConfig(PreTrainedConfig):
+    """Configuration of `DRTForCausalLM`.
+
+    The decoder is Llama-shaped. Its last `sum(retrieval_groups)` layers are the upper ones: they
+    attend to retrieved chunks. Without groups the model is a plain sliding-window transformer.
+
+    Raises:
+        ValueError: a size is out of range, heads do not divide, or a key is unknown.
+    """
+
+    model_type = "drt"
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    vocab_size: int = 258
+    """Content tokens in the vocabulary; the landmark is not one of them."""
+    hidden_size: int = 768
+    """Model width E."""
+    intermediate_size: int = 2048
+    """Width of the SwiGLU feed-forward layers."""
+    num_hidden_layers: int = 12
+    """Decoder layers N, lower and upper together."""
+    num_attention_heads: int = 12
+    """Query heads H."""
+    num_key_value_heads: int | None = None
+    """Key/value heads G; None = as many as query heads."""
+    head_dim: int | None = None
+    """Width of one head D; None = hidden_size / num_attention_heads."""
+    max_position_embeddings: int = 16384
+    """Tokens of a training row, for information: the model itself has no length limit."""
+    initializer_range: float = 0.02
+    """Standard deviation of the initial weights."""
+    rms_norm_eps: float = 1e-6
+    """Added to the mean square in every RMSNorm."""
+    tie_word_embeddings: bool = True
+    """Whether the output head is the embedding."""
+    use_cache: bool = True
+    """Whether generation keeps a decoding state."""
+    pad_token_id: int | None = None
+    """Id of the padding token, if there is one."""
+    bos_token_id: int | None = None
+    """Id of the token that opens a text, if there is one."""
+    eos_token_id: int | list[int] | None = None
+    """Id or ids that end a generation, if any."""
+
+    sliding_window: int = 512
+    """Positions that self-attention sees, the query's own included; landmarks count."""
+    position_embedding: Literal["rope", "alibi"] = "rope"
+    """Positional scheme of self-attention."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+
+    chunk_size: int = 64
+    """Content tokens of a chunk S; a landmark closes every complete chunk."""
+    retrieval_groups: list[int] | tuple[int, ...] = (6,)
+    """Layers in each retrieval group; a group retrieves once a chunk for all its layers."""
+    retrieval_topk: int = 8
+    """Chunks retrieved per retrieval K."""
+    retrieval_onset: Literal["chunk", "landmark"] = "landmark"
+    """First position to use a retrieval: the landmark itself, or the chunk after it (the paper)."""
+    retrieval_noise: float = 1.0
+    """Scale of the Gumbel noise on the scores that choose the chunks, in training only."""
+    exclude_window_chunks: bool = False
+    """Whether chunks that lie wholly inside the landmark's window are no candidates."""
+    softmax_plus_one: bool = True
+    """Whether attention inside a retrieved chunk has an implicit key of score and value zero."""
+    num_encoder_layers: int = 2
+    """Bidirectional layers of the chunk encoder."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        _refuse_unknown(type(self), kwargs)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        self.retrieval_groups = list(self.retrieval_groups)
+        super().__post_init__(**kwargs)
+        self._check_sizes()
+        self._check_heads()
+
+    @property
+    def num_upper_layers(self) -> int:
+        """Decoder layers that attend to retrieved chunks."""
+        return sum(self.retrieval_groups)
+
+    @property
+    def num_lower_layers(self) -> int:
+        """Decoder layers below the chunk encoder, with self-attention only."""
+        return self.num_hidden_layers - self.num_upper_layers
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Kind of self-attention of each layer, as transformers names it; derived, never saved."""
+        return ["sliding_attention"] * self.num_hidden_layers
+
+    def validate_layer_type(self) -> None:
+        """`layer_types` is derived, so there is nothing to check."""
+
+    def _check_sizes(self) -> None:
+        """Refuse sizes that no model can have; names the field, its value and the limit."""
+        for name in _POSITIVE:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.retrieval_noise < 0:
+            raise ValueError(f"retrieval_noise must not be negative, got {self.retrieval_noise}")
+        if any(layers < 1 for layers in self.retrieval_groups):
+            raise ValueError(
+                f"every retrieval group needs at least 1 layer, got {self.retrieval_groups}"
+            )
+        if self.num_upper_layers > self.num_hidden_layers:
+            raise ValueError(
+                f"retrieval_groups {self.retrieval_groups} hold {self.num_upper_layers} layers, "
+                f"the model has num_hidden_layers = {self.num_hidden_layers}"
+            )
+
+    def _check_heads(self) -> None:
+        """Refuse heads that do not divide what they must divide."""
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if self.head_dim == self.hidden_size // heads and self.hidden_size % heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of "
+                f"num_attention_heads {heads}; set head_dim to choose the head width yourself"
+            )
+        if heads % kv_heads:
+            raise ValueError(
+                f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+            )
+        if self.position_embedding == "rope" and self.head_dim % 2:
+            raise ValueError(f"rotary positions need an even head_dim, got {self.head_dim}")
+
+
+_POSITIVE = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window"),
+    *("chunk_size", "retrieval_topk", "num_encoder_layers"),
+)
+
+
+def _refuse_unknown(cls: type, kwargs: dict[str, Any]) -> None:
+    """Raise on keys that no field reads, with the nearest field name."""
+    known = {field.name for field in fields(cls)}
+    for key in kwargs:
+        if key in known or key in _FOREIGN_KEYS:
+            continue
+        near = get_close_matches(key, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown DRTConfig key {key!r}{hint}")

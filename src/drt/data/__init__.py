@@ -1,0 +1,37 @@
+"""Text as tokens: tokenizers, corpora to draw haystacks from, and needle tasks."""
+
+from drt.data.batches import Mixture, batch
+from drt.data.corpora import SPLITS, Corpus, Document, Split, load_corpus
+from drt.data.needle_texts import MULTI, NAMES, SINGLE, NeedleTemplate
+from drt.data.needles import (
+    AskedNeedle,
+    NeedleExample,
+    NeedleQuestion,
+    NeedleRow,
+    NeedleTask,
+    score_answer,
+)
+from drt.data.tokenization import byte_tokenizer, encode, load_tokenizer
+
+__all__ = [
+    "MULTI",
+    "NAMES",
+    "SINGLE",
+    "SPLITS",
+    "AskedNeedle",
+    "Corpus",
+    "Document",
+    "Mixture",
+    "NeedleExample",
+    "NeedleQuestion",
+    "NeedleRow",
+    "NeedleTask",
+    "NeedleTemplate",
+    "Split",
+    "batch",
+    "byte_tokenizer",
+    "encode",
+    "load_corpus",
+    "load_tokenizer",
+    "score_answer",
+]

@@ -1,0 +1,65 @@
+"""Batches of training rows from one needle task or several."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from drt.data.corpora import Corpus, Split
+from drt.data.needles import MIXTURE, NeedleTask, check_range, generator
+
+Mixture = Sequence[tuple[NeedleTask, float]]
+"""Tasks with weights; a row's task is drawn by weight."""
+
+
+def batch(
+    tasks: NeedleTask | Mixture,
+    corpus: Corpus,
+    *,
+    seed: int,
+    index: int,
+    batch_size: int,
+    length: int,
+    chunk_size: int,
+    split: Split = "train",
+) -> dict[str, torch.Tensor]:
+    """Return training batch ``index``: the rows from ``index * batch_size`` on.
+
+    Args:
+        tasks: one task, or a mixture.
+        corpus: the haystack and the tokenizer.
+        seed: the run's seed, 0 or more.
+        index: the batch's number, 0 or more.
+        batch_size: rows of a batch (B).
+        length: content tokens of a row (T).
+        chunk_size: content tokens of a chunk (S).
+        split: which text the haystacks are made of.
+
+    Returns:
+        ``input_ids`` and ``labels`` (a copy; the model shifts), int64, and ``answer_mask``, bool,
+        all (B, T).
+
+    Raises:
+        ValueError: no task, a weight that is not positive, a row that does not fit, or an argument
+            out of range.
+    """
+    mixture = [(tasks, 1.0)] if isinstance(tasks, NeedleTask) else list(tasks)
+    weights = np.array([weight for _, weight in mixture], dtype=np.float64)
+    if not len(mixture) or not (np.isfinite(weights) & (weights > 0)).all():
+        raise ValueError(
+            f"a mixture needs tasks with positive weights; they are {weights.tolist()}"
+        )
+    check_range("batch_size", batch_size, 1, float("inf"))
+    limits = weights.cumsum() / weights.cumsum()[-1]
+    rows = []
+    for row in range(index * batch_size, (index + 1) * batch_size):
+        drawn = generator(seed, row, MIXTURE).random()
+        task = mixture[int(limits.searchsorted(drawn, side="right"))][0]
+        rows.append(
+            task.training_row(
+                corpus, seed=seed, index=row, length=length, chunk_size=chunk_size, split=split
+            )
+        )
+    input_ids = torch.from_numpy(np.stack([row.input_ids for row in rows]))
+    mask = torch.from_numpy(np.stack([row.answer_mask for row in rows]))
+    return {"input_ids": input_ids, "labels": input_ids.clone(), "answer_mask": mask}

@@ -1,0 +1,214 @@
+"""Reading named texts from files, folders, JSON lines and the running Python's own library."""
+
+import codecs
+import hashlib
+import importlib
+import json
+import lzma
+import os
+import sysconfig
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, cast
+
+XZ_SUFFIX = ".xz"
+ROWS_SUFFIX = ".jsonl"
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".tex", ".py", ".c", ".h", ".cpp", ".js", ".rs", ".go")
+
+# Few large files share a budget evenly; of many files the first are read whole instead.
+MIN_FILE_SHARE = 2**20
+
+# Third-party packages, tests, generated tables and programs that are no reading matter.
+SKIPPED_LIBRARY_FOLDERS = frozenset(
+    (
+        *("site-packages", "dist-packages", "lib-dynload", "__pycache__", "__phello__"),
+        *("test", "tests", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "encodings"),
+    )
+)
+SKIPPED_LIBRARY_PREFIXES = ("config-", "_sysconfigdata", "sitecustomize", "usercustomize")
+
+
+class TextDocument(NamedTuple):
+    """A text and what it is called."""
+
+    name: str
+    text: str
+
+
+def read_path(path: Path, *, max_bytes: int) -> list[TextDocument]:
+    """Return the texts of a file, or of all text files below a folder, up to ``max_bytes``.
+
+    A text that does not fit is cut. The files of a folder (but for hidden ones) are taken in the
+    order of the sha256 of their names until ``max_bytes`` are had, and none takes more than its
+    even share, or 1 MiB if that is more.
+
+    Raises:
+        ValueError: nothing is at ``path``, a file is not UTF-8 or not of the format of its suffix,
+            a row has no text, or there is no text at all.
+    """
+    if path.is_dir():
+        names = _text_files(path)
+        if not names:
+            raise ValueError(_nothing_readable(path))
+        texts = _read_files(path, names, max_bytes=max_bytes)
+    elif path.exists():
+        texts = list(_read_file(path, name=path.name, max_bytes=max_bytes))
+    else:
+        raise ValueError(f"no corpus at {path}: there is no such file or folder")
+    if not texts:
+        raise ValueError(f"no text in {path}: it is empty")
+    return _with_distinct_names(texts)
+
+
+def read_installed_text(*, max_bytes: int) -> list[TextDocument]:
+    """Return texts that Python comes with: its documentation topics and its library's sources.
+
+    Raises:
+        ValueError: this installation has neither.
+    """
+    library = Path(sysconfig.get_paths()["stdlib"])
+    texts = _documentation_topics(max_bytes=max_bytes)
+    left = max_bytes - sum(len(text.text.encode()) for text in texts)
+    if left:
+        texts += _read_files(library, _library_files(library), max_bytes=left)
+    if not texts:
+        raise ValueError(
+            f"this Python has neither pydoc_data.topics nor sources in {library}; "
+            "give the path of a corpus"
+        )
+    return texts
+
+
+def _documentation_topics(*, max_bytes: int) -> list[TextDocument]:
+    try:
+        topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    except ModuleNotFoundError:
+        # Some distributions package the topics with the documentation, which need not be installed.
+        return []
+    texts = []
+    for name in sorted(topics):
+        text = _cut(topics[name].encode(), max_bytes)
+        max_bytes -= len(text.encode())
+        if text:
+            texts.append(TextDocument(name=f"topics/{name}", text=text))
+    return texts
+
+
+def _library_files(library: Path) -> list[str]:
+    names = []
+    for folder, subfolders, files in os.walk(library):
+        # Pruned in place, so that the thousands of files of installed packages are never listed.
+        subfolders[:] = [name for name in subfolders if not _is_skipped(name)]
+        sources = [name for name in files if name.endswith(".py") and not _is_skipped(name)]
+        names += [Path(folder, name).relative_to(library).as_posix() for name in sources]
+    return names
+
+
+def _is_skipped(name: str) -> bool:
+    return name in SKIPPED_LIBRARY_FOLDERS or name.startswith(SKIPPED_LIBRARY_PREFIXES)
+
+
+def _text_files(folder: Path) -> list[str]:
+    names = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    return [
+        name.as_posix()
+        for name in names
+        if not any(part.startswith(".") for part in name.parts)
+        and name.as_posix().removesuffix(XZ_SUFFIX).endswith((*TEXT_SUFFIXES, ROWS_SUFFIX))
+    ]
+
+
+def _nothing_readable(folder: Path) -> str:
+    found = Counter(path.suffix or path.name for path in folder.rglob("*") if path.is_file())
+    kinds = ", ".join(f"{count} {suffix}" for suffix, count in found.most_common(5)) or "no files"
+    readable = " ".join((*TEXT_SUFFIXES, ROWS_SUFFIX))
+    return f"no text in {folder}: found {kinds}; read are {readable}, each also with {XZ_SUFFIX}"
+
+
+def _read_files(folder: Path, names: list[str], *, max_bytes: int) -> list[TextDocument]:
+    texts = []
+    share = max(max_bytes // max(len(names), 1), MIN_FILE_SHARE)
+    for name in sorted(
+        names, key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+    ):
+        for text in _read_file(folder / name, name=name, max_bytes=min(share, max_bytes)):
+            texts.append(text)
+            max_bytes -= len(text.text.encode())
+        if not max_bytes:
+            break
+    return texts
+
+
+def _read_file(path: Path, *, name: str, max_bytes: int) -> Iterator[TextDocument]:
+    """Yield the texts of a file: one, or one a row. ``.xz`` is unpacked no further than needed."""
+    compressed = path.suffix == XZ_SUFFIX
+    rows = path.name.removesuffix(XZ_SUFFIX).endswith(ROWS_SUFFIX)
+    with lzma.open(path) if compressed else path.open("rb") as opened:
+        stream = cast(BinaryIO, opened)
+        try:
+            if rows:
+                yield from _read_rows(stream, path=path, name=name, max_bytes=max_bytes)
+            else:
+                yield from _read_text(stream, path=path, name=name, max_bytes=max_bytes)
+        except (lzma.LZMAError, EOFError) as error:
+            raise ValueError(f"{path} is not a whole xz file: {error}") from error
+
+
+def _read_text(
+    stream: BinaryIO, *, path: Path, name: str, max_bytes: int
+) -> Iterator[TextDocument]:
+    data = stream.read(max_bytes)
+    try:
+        # A last character that the limit cuts through is dropped; other wrong bytes are errors.
+        text = codecs.getincrementaldecoder("utf-8")().decode(data, final=len(data) < max_bytes)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text: {error.reason} at byte {error.start}"
+        ) from error
+    if text:
+        yield TextDocument(name=name, text=text)
+
+
+def _read_rows(
+    stream: BinaryIO, *, path: Path, name: str, max_bytes: int
+) -> Iterator[TextDocument]:
+    for number, line in enumerate(stream, start=1):
+        if not line.strip():
+            continue
+        try:
+            identifier, data = _parse_row(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+        text = _cut(data, max_bytes)
+        max_bytes -= len(text.encode())
+        if text:
+            yield TextDocument(
+                name=f"{name}:{number if identifier is None else identifier}", text=text
+            )
+        if len(text.encode()) < len(data) or not max_bytes:
+            return
+
+
+def _parse_row(line: bytes) -> tuple[object, bytes]:
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError(f"the row is a {type(row).__name__}, not an object")
+    if not isinstance(row.get("text"), str):
+        raise ValueError(f"the row has no string 'text'; its fields are {sorted(row)}")
+    return row.get("id"), row["text"].encode()
+
+
+def _cut(data: bytes, max_bytes: int) -> str:
+    """Return the text of the first ``max_bytes`` bytes, without a character cut in two."""
+    return data[:max_bytes].decode(errors="ignore")
+
+
+def _with_distinct_names(texts: list[TextDocument]) -> list[TextDocument]:
+    """Append a number to a name that occurred before (rows of a file may share an ``id``)."""
+    seen: Counter[str] = Counter()
+    distinct = []
+    for name, text in texts:
+        seen[name] += 1
+        distinct.append(TextDocument(name if seen[name] == 1 else f"{name}#{seen[name]}", text))
+    return distinct

@@ -1,0 +1,101 @@
+"""The main job: train a DRT and a sliding-window model, ask both, and show what came out."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from drt import hardware
+from drt.data import Corpus, load_corpus, load_tokenizer
+from drt.evaluation import comparison, figure, report
+from drt.evaluation.inspection import inspect_question
+from drt.evaluation.memory import life_peak_rss
+from drt.modeling import DRTForCausalLM
+from drt.training import RunConfig, train
+from drt.training.run import CONFIG_FILE, FINAL_FOLDER
+
+DRT, BASELINE = "drt", "baseline"
+INSPECTED_LENGTH = 65536
+
+
+def run_demo(
+    configs: dict[str, RunConfig], output_dir: Path, *, overwrite: bool = False
+) -> dict[str, Any]:
+    """Train, evaluate and report; a run that was stopped goes on where it was.
+
+    Args:
+        configs: "drt" and "baseline" runs of the same seed, corpus and tokenizer; their own
+            output folders are replaced by folders under `output_dir`.
+        output_dir: where results.json, figure.png, report.html and the two runs go.
+        overwrite: train again even where a finished or half-finished run is found.
+
+    Returns:
+        The content of results.json.
+    """
+    started = time.perf_counter()
+    configs = {
+        name: replace(config, output_dir=str(output_dir / name)) for name, config in configs.items()
+    }
+    main = configs[DRT]
+    corpus = load_corpus(main.corpus, load_tokenizer(main.tokenizer))
+    seconds: dict[str, float] = {}
+    models: dict[str, DRTForCausalLM] = {}
+    for name, config in configs.items():
+        models[name], seconds[f"train_{name}"] = _trained(config, name, corpus, overwrite)
+    records: dict[str, Any] = {}
+    for name, model in models.items():
+        begun = time.perf_counter()
+        scores = comparison.score_by_length(
+            model, corpus, main.evaluation, title=f"evaluate {name}"
+        )
+        seconds[f"evaluate_{name}"] = time.perf_counter() - begun
+        records[name] = {"parameters": model.num_parameters(), **comparison.as_records(scores)}
+    seconds["total"] = time.perf_counter() - started
+    results = {
+        "train_length": main.train_length,
+        "seed": main.seed,
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "peak_rss_bytes": life_peak_rss(),
+        "models": records,
+        "hardware": hardware.describe(),
+    }
+    _write(results, models[DRT], corpus, main, output_dir)
+    return results
+
+
+def _trained(
+    config: RunConfig, name: str, corpus: Corpus, overwrite: bool
+) -> tuple[DRTForCausalLM, float]:
+    """The model of a run and the seconds its training took, trained now unless it is there."""
+    folder = Path(config.output_dir)
+    timing = folder / "seconds.json"
+    final = folder / FINAL_FOLDER
+    if overwrite or not timing.is_file():
+        begun = time.perf_counter()
+        final = train(
+            config,
+            resume=not overwrite and (folder / CONFIG_FILE).is_file(),
+            overwrite=overwrite,
+            title=f"train {name}",
+            corpus=corpus,
+        )
+        timing.write_text(json.dumps(time.perf_counter() - begun))
+    else:
+        train_again = "drt demo --overwrite"
+        print(f"{folder} holds a trained model: using it ({train_again} trains anew)")
+    return DRTForCausalLM.from_pretrained(final), json.loads(timing.read_text())
+
+
+def _write(
+    results: dict[str, Any], model: DRTForCausalLM, corpus: Corpus, config: RunConfig, to: Path
+) -> None:
+    """results.json, figure.png and report.html."""
+    (to / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    figure.draw(results, to / "figure.png")
+    length = min(max(config.evaluation.lengths), INSPECTED_LENGTH)
+    task, seed = config.evaluation.multi, config.evaluation.seed
+    inspection = inspect_question(model, corpus, task, length=length, seed=seed)
+    report.write_report(results, inspection, to / "figure.png", to / "report.html")

@@ -1,0 +1,265 @@
+"""The parts of a DRT: norm, feed-forward, the three attentions, the decoder and encoder layers.
+
+Weights are named as transformers names those of Llama, so that its checkpoints map onto them.
+Shapes use the letters of docs/method.md: B rows, P positions, E width, H and G heads, D head width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from drt.chunking import SegmentLayout
+from drt.configuration import DRTConfig
+from drt.ops.gca import grouped_cross_attention
+from drt.ops.window import sliding_window_attention
+from drt.retrieval import RetrievedChunks
+from drt.state import WindowCache
+
+
+class Rotary(NamedTuple):
+    """Rotary factors of P positions: (P, 1, D) each, float32, D/2 angles twice over."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rotary_factors(first: int, count: int, *, config: DRTConfig, device: torch.device) -> Rotary:
+    """Rotary factors of the positions first .. first + count - 1.
+
+    Angles are computed in float64: at position 1,000,000 float32 is off by a thirtieth of a radian.
+    """
+    assert config.head_dim is not None
+    half = torch.arange(config.head_dim // 2, dtype=torch.float64, device=device)
+    frequency = config.rope_theta ** (-2.0 * half / config.head_dim)
+    position = torch.arange(first, first + count, dtype=torch.float64, device=device)
+    angle = (position[:, None] * frequency).repeat(1, 2)[:, None]
+    return Rotary(angle.cos().float(), angle.sin().float())
+
+
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """Apply rotary positions to (B, P, heads, D); the halves of D are the pairs, as in Llama."""
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return (x * rotary.cos + turned * rotary.sin).to(x.dtype)
+
+
+def alibi_slopes(num_heads: int) -> Tensor:
+    """(H,) slopes 2^(-8 i / H), i = 1 .. H, of ALiBi (arXiv 2108.12409)."""
+    return 2.0 ** (-8.0 * torch.arange(1, num_heads + 1) / num_heads)
+
+
+class DRTRMSNorm(nn.Module):
+    """Root-mean-square norm with a learned gain, computed in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., E) -> (..., E) of the same dtype."""
+        if x.dtype in (torch.float32, torch.float64):
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class DRTMLP(nn.Module):
+    """SwiGLU feed-forward."""
+
+    def __init__(self, config: DRTConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., E) -> (..., E)."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DRTAttention(nn.Module):
+    """Query, key, value and output projections of self-attention; subclasses say who sees whom."""
+
+    def __init__(self, config: DRTConfig) -> None:
+        super().__init__()
+        assert config.head_dim is not None
+        assert config.num_key_value_heads is not None
+        self.head_dim = config.head_dim
+        queries = config.num_attention_heads * self.head_dim
+        keys = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+
+    def project(self, hidden: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(..., P, E) -> query (..., P, H, D), key and value (..., P, G, D), rotated."""
+        heads = (-1, self.head_dim)
+        query = self.q_proj(hidden).unflatten(-1, heads)
+        key = self.k_proj(hidden).unflatten(-1, heads)
+        value = self.v_proj(hidden).unflatten(-1, heads)
+        if rotary is not None:
+            query, key = rotate(query, rotary), rotate(key, rotary)
+        return query, key, value
+
+
+class SlidingWindowAttention(DRTAttention):
+    """Causal self-attention to the last W positions, with rotary positions or ALiBi."""
+
+    def __init__(self, config: DRTConfig) -> None:
+        super().__init__(config)
+        self.window = config.sliding_window
+        self.num_heads = config.num_attention_heads
+        self.uses_alibi = config.position_embedding == "alibi"
+
+    def forward(self, hidden: Tensor, rotary: Rotary | None, cache: WindowCache | None) -> Tensor:
+        """(B, P, E) -> (B, P, E); reads and extends `cache` if there is one."""
+        query, key, value = self.project(hidden, rotary)
+        if cache is not None:
+            key, value = cache.extend(key, value, window=self.window)
+        slopes = alibi_slopes(self.num_heads).to(hidden.device) if self.uses_alibi else None
+        out = sliding_window_attention(query, key, value, window=self.window, alibi_slopes=slopes)
+        return self.o_proj(out.flatten(-2))
+
+
+class ChunkAttention(DRTAttention):
+    """Bidirectional self-attention inside each chunk.
+
+    It is grouped cross-attention in which every chunk retrieves itself with weight 1.
+    """
+
+    def forward(self, hidden: Tensor, rotary: Rotary | None) -> Tensor:
+        """(B, C, S + 1, E) -> (B, C, S + 1, E)."""
+        query, key, value = self.project(hidden, rotary)
+        batch, count = hidden.shape[:2]
+        own = torch.arange(count, device=hidden.device).view(1, count, 1).expand(batch, -1, -1)
+        weight = torch.ones(batch, count, 1, device=hidden.device)
+        out = grouped_cross_attention(query, key, value, own, weight)
+        return self.o_proj(out.flatten(-2))
+
+
+class GroupedCrossAttention(nn.Module):
+    """Attention to retrieved chunks; their keys and values come projected from the memory."""
+
+    def __init__(self, config: DRTConfig) -> None:
+        super().__init__()
+        assert config.head_dim is not None
+        self.head_dim = config.head_dim
+        self.softmax_plus_one = config.softmax_plus_one
+        width = config.num_attention_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+
+    def forward(self, blocks: Tensor, chunks: RetrievedChunks) -> Tensor:
+        """(B, num_blocks, Q, E) -> (B, num_blocks, Q, E)."""
+        query = self.q_proj(blocks).unflatten(-1, (-1, self.head_dim))
+        out = grouped_cross_attention(
+            query,
+            chunks.keys,
+            chunks.values,
+            chunks.indices,
+            chunks.weights,
+            softmax_plus_one=self.softmax_plus_one,
+        )
+        return self.o_proj(out.flatten(-2))
+
+
+class DRTDecoderLayer(GradientCheckpointingLayer):
+    """A decoder layer; an upper one also attends to retrieved chunks.
+
+    What an upper layer retrieves feeds its feed-forward part only and bypasses the residual
+    stream: a = h + SWA(norm(h)); o = GCA(norm(a)); h' = a + FFN(norm(a + o)).
+    """
+
+    def __init__(self, config: DRTConfig, *, upper: bool) -> None:
+        super().__init__()
+        self.input_layernorm = DRTRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = SlidingWindowAttention(config)
+        self.post_attention_layernorm = DRTRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = DRTMLP(config)
+        self.cross_attn = GroupedCrossAttention(config) if upper else None
+        if upper:
+            self.cross_attn_layernorm = DRTRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        rotary: Rotary | None,
+        cache: WindowCache | None = None,
+        layout: SegmentLayout | None = None,
+        chunks: RetrievedChunks | None = None,
+    ) -> Tensor:
+        """(B, P, E) -> (B, P, E); without `chunks` nothing is retrieved and o = 0."""
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotary, cache)
+        mixed = hidden
+        if self.cross_attn is not None and chunks is not None:
+            assert layout is not None
+            blocks = layout.to_blocks(self.cross_attn_layernorm(hidden))
+            mixed = hidden + layout.from_blocks(self.cross_attn(blocks, chunks))
+        return hidden + self.mlp(self.post_attention_layernorm(mixed))
+
+
+class DRTEncoderLayer(GradientCheckpointingLayer):
+    """A layer of the chunk encoder: bidirectional inside each chunk."""
+
+    def __init__(self, config: DRTConfig) -> None:
+        super().__init__()
+        self.input_layernorm = DRTRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = ChunkAttention(config)
+        self.post_attention_layernorm = DRTRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = DRTMLP(config)
+
+    def forward(self, hidden: Tensor, rotary: Rotary | None) -> Tensor:
+        """(B, C, S + 1, E) -> (B, C, S + 1, E)."""
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotary)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class EncodedChunks(NamedTuple):
+    """What the memory keeps of C closed chunks."""
+
+    landmarks: Tensor
+    """(B, C, E)."""
+    keys: Tensor
+    """(B, C, S, G, D), head-major in storage."""
+    values: Tensor
+    """(B, C, S, G, D), head-major in storage."""
+
+
+class ChunkEncoder(nn.Module):
+    """Turns closed chunks into a landmark embedding each, and keys and values for attention."""
+
+    def __init__(self, config: DRTConfig) -> None:
+        super().__init__()
+        assert config.num_key_value_heads is not None
+        assert config.head_dim is not None
+        self.config = config
+        width = config.num_key_value_heads * config.head_dim
+        self.input_layernorm = DRTRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.layers = nn.ModuleList(
+            DRTEncoderLayer(config) for _ in range(config.num_encoder_layers)
+        )
+        self.norm = DRTRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.k_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
+
+    def forward(self, closed: Tensor) -> EncodedChunks:
+        """(B, C, S + 1, E) lower-layer outputs, the landmark last -> `EncodedChunks`."""
+        encoded = self.input_layernorm(closed)
+        rotary = rotary_factors(0, closed.shape[2], config=self.config, device=closed.device)
+        for layer in self.layers:
+            encoded = layer(encoded, rotary)
+        encoded = self.norm(encoded)
+        content = encoded[:, :, :-1]
+        keys = self._head_major(self.k_proj(content))
+        return EncodedChunks(encoded[:, :, -1], keys, self._head_major(self.v_proj(content)))
+
+    def _head_major(self, projected: Tensor) -> Tensor:
+        """(B, C, S, G * D) -> (B, C, S, G, D) stored as (B, C, G, S, D), as attention reads it."""
+        split = projected.unflatten(-1, (-1, self.config.head_dim))  # type: ignore[arg-type]
+        return split.transpose(2, 3).contiguous().transpose(2, 3)

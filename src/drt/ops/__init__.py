@@ -1,0 +1,1 @@
+"""Operators: functions of tensors and indices that know nothing of models."""

@@ -1,0 +1,188 @@
+"""The public operator: validation and the choice of a backend."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from drt.ops.gca.blocked import blocked
+from drt.ops.gca.reference import reference
+
+
+class Backend(NamedTuple):
+    """One implementation of the operator."""
+
+    run: Callable[..., Tensor]
+    """Called with the arguments of `grouped_cross_attention` but `backend`, validated."""
+    unavailable: Callable[[Tensor], str | None]
+    """Why the backend cannot serve this query tensor and what would help, or None if it can."""
+
+
+def _blocked_unavailable(query: Tensor) -> str | None:
+    if query.device.type == "cpu":
+        return None
+    return f"it runs on CPU tensors and query is on {query.device}; use backend='reference'"
+
+
+BACKENDS: dict[str, Backend] = {
+    "reference": Backend(reference, lambda query: None),
+    "blocked": Backend(blocked, _blocked_unavailable),
+}
+
+
+def grouped_cross_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    *,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+    softmax_plus_one: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Attend from each chunk of queries to its retrieved chunks, one softmax per chunk.
+
+    For a query q of a chunk that retrieved the slots k with indices i_k and weights w_k (GCA,
+    arXiv 2410.01651):
+
+        output = sum_k w_k * softmax_t(scale * <q, key[i_k, t]>) @ value[i_k]
+
+    A slot of index -1 and a chunk of length 0 contribute exactly nothing, in value and in gradient,
+    whatever the unused keys, values and weights hold. Differentiable once, in query, key, value and
+    weights.
+
+    Args:
+        query: (B, C, Q, H, D) floating; the Q positions of a chunk share one retrieval.
+        key: (B, M, S, G, D), query's dtype: a memory of M chunks of S tokens; H is a multiple of
+            the G key/value heads, and query head h reads head h // (H // G). Fastest, and without
+            a copy, when `key.transpose(2, 3)` is contiguous. The gradient has key's layout.
+        value: (B, M, S, G, D), as key.
+        indices: (B, C, K) int64 in [-1, M): the retrieved chunks, -1 for none.
+        weights: (B, C, K) floating, of any precision, non-negative: the weight of each slot.
+        key_lengths: (B, M) int64 in [0, S]: valid tokens of each chunk; None when all S are.
+        scale: factor of the scores; None for D ** -0.5.
+        softmax_plus_one: add 1 to each softmax denominator (an implicit key of score 0, value 0).
+        backend: "reference" or "blocked"; None for "blocked" on CPU, else "reference".
+
+    Returns:
+        (B, C, Q, H, D) in query's dtype.
+
+    Raises:
+        ValueError: for shapes, dtypes, devices or an unknown backend that do not fit the above,
+            and on CPU for indices or lengths out of range. On other devices, where reading them
+            would make the host wait, such values fail a device-side assertion instead.
+        RuntimeError: if the backend that was asked for cannot serve these tensors.
+    """
+    _check_tensors(query, key, value, indices, weights)
+    _check_values("indices", indices, -1, key.shape[1] - 1)
+    if key_lengths is not None:
+        _check_lengths(key_lengths, key)
+    chosen = _choose(backend, query)
+    with _without_autocast(query.device.type):
+        return chosen.run(
+            query,
+            key,
+            value,
+            indices,
+            weights,
+            key_lengths=key_lengths,
+            scale=query.shape[-1] ** -0.5 if scale is None else scale,
+            softmax_plus_one=softmax_plus_one,
+        )
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager:
+    """The operator has one precision policy; autocast would change it half-way."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def _choose(name: str | None, query: Tensor) -> Backend:
+    if name is None:
+        name = "blocked" if query.device.type == "cpu" else "reference"
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; there are {', '.join(sorted(BACKENDS))}")
+    reason = BACKENDS[name].unavailable(query)
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} is unavailable: {reason}")
+    return BACKENDS[name]
+
+
+def _check_tensors(
+    query: Tensor, key: Tensor, value: Tensor, indices: Tensor, weights: Tensor
+) -> None:
+    if query.ndim != 5 or key.ndim != 5:
+        raise ValueError(
+            "query must be (B, C, Q, H, D) and key (B, M, S, G, D), "
+            f"got {tuple(query.shape)} and {tuple(key.shape)}"
+        )
+    batch, count, _, heads, width = query.shape
+    kv_heads = key.shape[3]
+    if width == 0 or key.shape[0] != batch or key.shape[4] != width:
+        raise ValueError(
+            f"key must share B = {batch} and D = {width} > 0 with query, got {tuple(key.shape)}"
+        )
+    if kv_heads == 0 or heads % kv_heads != 0:
+        raise ValueError(
+            f"query heads must be a multiple of key heads, got H = {heads} and G = {kv_heads}"
+        )
+    if value.shape != key.shape:
+        raise ValueError(f"value must be {tuple(key.shape)} like key, got {tuple(value.shape)}")
+    if indices.ndim != 3 or indices.shape[:2] != (batch, count):
+        raise ValueError(
+            f"indices must be (B, C, K) = ({batch}, {count}, K), got {tuple(indices.shape)}"
+        )
+    if weights.shape != indices.shape:
+        raise ValueError(
+            f"weights must be {tuple(indices.shape)} like indices, got {tuple(weights.shape)}"
+        )
+    if not query.is_floating_point() or not key.dtype == value.dtype == query.dtype:
+        raise ValueError(
+            "query, key and value must share one floating dtype, "
+            f"got {query.dtype}, {key.dtype} and {value.dtype}"
+        )
+    if not weights.is_floating_point():
+        raise ValueError(f"weights must be floating, got {weights.dtype}")
+    _check_integer("indices", indices)
+    _check_device(query, key=key, value=value, indices=indices, weights=weights)
+
+
+def _check_lengths(key_lengths: Tensor, key: Tensor) -> None:
+    if key_lengths.shape != key.shape[:2]:
+        raise ValueError(
+            f"key_lengths must be (B, M) = {tuple(key.shape[:2])}, got {tuple(key_lengths.shape)}"
+        )
+    _check_integer("key_lengths", key_lengths)
+    _check_device(key, key_lengths=key_lengths)
+    _check_values("key_lengths", key_lengths, 0, key.shape[2])
+
+
+def _check_integer(name: str, tensor: Tensor) -> None:
+    if tensor.dtype != torch.int64:
+        raise ValueError(f"{name} must be int64, got {tensor.dtype}")
+
+
+def _check_device(query: Tensor, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.device != query.device:
+            raise ValueError(f"{name} must be on {query.device}, got {tensor.device}")
+
+
+def _check_values(name: str, tensor: Tensor, low: int, high: int) -> None:
+    """Refuse values outside [low, high]."""
+    if tensor.numel() == 0 or tensor.device.type == "meta":
+        return
+    lowest, highest = torch.aminmax(tensor)
+    if tensor.device.type == "cpu":
+        if lowest < low or highest > high:
+            raise ValueError(
+                f"{name} must be in [{low}, {high}], got values in [{lowest}, {highest}]"
+            )
+    else:
+        message = f"{name} must be in [{low}, {high}]"
+        torch.ops.aten._assert_async.msg((lowest >= low) & (highest <= high), message)

@@ -1,0 +1,117 @@
+"""Grouped cross-attention on CPU: a few chunks at a time, so that every temporary stays in cache.
+
+This file is the autograd function, `blocks.py` the arithmetic of a block, `slots.py` what a block
+reads. Only the inputs are kept for the backward.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from drt.ops.gca.blocks import BlockedPass, Gradients, Options, accumulation_dtype
+
+# Bytes of the float32 accumulators for the gradients of a lower-precision memory; a memory that
+# needs more is taken through the backward a few heads at a time.
+_ACCUMULATOR_BYTES = 8 << 20
+
+
+def blocked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    *,
+    key_lengths: Tensor | None,
+    scale: float,
+    softmax_plus_one: bool,
+) -> Tensor:
+    """Same contract as `grouped_cross_attention`, arguments already validated, on CPU.
+
+    The results of GEMMs, scores among them, are rounded to query's dtype; sums inside a GEMM, the
+    softmax and the accumulation of gradients are float32 (float64 for float64 inputs).
+    """
+    options = Options(scale, softmax_plus_one)
+    return _Blocked.apply(  # pyright: ignore[reportReturnType]
+        query, key, value, indices, weights, key_lengths, options
+    )
+
+
+class _Blocked(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        indices: Tensor,
+        weights: Tensor,
+        key_lengths: Tensor | None,
+        options: Options,
+    ) -> Tensor:
+        ctx.save_for_backward(query, key, value, indices, weights, key_lengths)
+        ctx.options = options
+        output = query.new_empty(query.shape)
+        if not _has_work(query, key, indices):
+            return output.zero_()
+        BlockedPass(query, key, value, indices, weights, key_lengths, options).forward(output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, indices, weights, key_lengths = ctx.saved_tensors
+        wants = ctx.needs_input_grad
+        found = Gradients(
+            query.new_empty(query.shape) if wants[0] else None,
+            torch.empty_like(key) if wants[1] else None,
+            torch.empty_like(value) if wants[2] else None,
+            weights.new_zeros(weights.shape, dtype=accumulation_dtype(query)) if wants[4] else None,
+        )
+        if _has_work(query, key, indices):
+            inputs = (query, key, value, indices, weights, key_lengths, ctx.options)
+            # The backward may be called under autocast; the forward was not.
+            with torch.autocast("cpu", enabled=False):
+                _backward_in_stripes(inputs, grads[0], found)
+        else:
+            for gradient in found:
+                if gradient is not None:
+                    gradient.zero_()
+        d_weights = None if found.weights is None else found.weights.to(weights.dtype)
+        return found.query, found.key, found.value, None, d_weights, None, None
+
+
+def _has_work(query: Tensor, key: Tensor, indices: Tensor) -> bool:
+    return query.numel() > 0 and key.numel() > 0 and indices.numel() > 0
+
+
+def _backward_in_stripes(inputs: tuple[Any, ...], grad: Tensor, found: Gradients) -> None:
+    """Run the backward on as many heads at a time as there is room to accumulate."""
+    query, key, value, *others = inputs
+    kv_heads, stripe = key.shape[3], _heads_per_stripe(key)
+    per_kv_head = query.shape[3] // kv_heads
+    buffers = {}
+    for first in range(0, kv_heads, stripe):
+        kv = slice(first, first + stripe)
+        heads = slice(kv.start * per_kv_head, kv.stop * per_kv_head)
+        part = Gradients(
+            None if found.query is None else found.query[..., heads, :],
+            None if found.key is None else found.key[..., kv, :],
+            None if found.value is None else found.value[..., kv, :],
+            found.weights,
+        )
+        work = BlockedPass(query[..., heads, :], key[..., kv, :], value[..., kv, :], *others)
+        work.buffers = buffers
+        work.backward(grad[..., heads, :], part)
+
+
+def _heads_per_stripe(key: Tensor) -> int:
+    """The largest divisor of G whose accumulators, for keys and values, fit."""
+    kv_heads, wide = key.shape[3], accumulation_dtype(key)
+    if key.dtype == wide:
+        return kv_heads
+    fitting = _ACCUMULATOR_BYTES * kv_heads // (2 * key.numel() * wide.itemsize)
+    divisors = (count for count in range(1, kv_heads + 1) if kv_heads % count == 0)
+    return max(count for count in divisors if count <= max(fitting, 1))

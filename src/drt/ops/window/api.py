@@ -1,0 +1,110 @@
+"""The public function of sliding-window attention: argument checks and choice of backend."""
+
+import torch
+from torch import Tensor
+
+from drt.ops.window.banded import banded_window_attention
+from drt.ops.window.reference import reference_window_attention
+
+BACKENDS = {"banded": banded_window_attention, "reference": reference_window_attention}
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def sliding_window_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window: int,
+    alibi_slopes: Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attend from each position to itself and the `window - 1` positions before it.
+
+    The query at key position p sees the keys j with p - window < j <= p:
+
+        out_p = sum_j softmax_j(scale * <q_p, k_j> - slope_h * (p - j)) v_j
+
+    The T queries belong to the last T of the N keys; the N - T keys before those are a cache.
+    Keys that no query reaches are never read. Query head h uses key/value head h // (H // G).
+
+    Args:
+        query: (B, T, H, D), float16, bfloat16, float32 or float64; T may be 0.
+        key: (B, N, G, D) with N >= T and H a multiple of G; dtype and device of `query`.
+        value: as `key`.
+        window: width in positions, at least 1; 1 means that a position sees only itself.
+        alibi_slopes: (H,) floating point, without gradient: the score falls by this much for
+            each position of distance. None means no such bias.
+        scale: factor of the dot products; D ** -0.5 when None.
+        backend: "banded" (blocks of queries over the keys in their reach; no T x N tensor) or
+            "reference" (dense mask, differentiable twice). None means "banded".
+
+    Returns:
+        (B, T, H, D), contiguous, dtype of `query`.
+
+    Raises:
+        ValueError: if a shape, dtype, device, the window or the backend is not as above.
+    """
+    _check_shapes(query, key, value)
+    _check_kinds(query, key, value)
+    if window < 1:
+        raise ValueError(f"window is {window}; it must be at least 1 position")
+    if alibi_slopes is not None:
+        _check_slopes(alibi_slopes, query)
+    name = "banded" if backend is None else backend
+    if name not in BACKENDS:
+        raise ValueError(f"backend {name!r} does not exist; there are {sorted(BACKENDS)}")
+    reach = query.shape[1] + window - 1
+    if key.shape[1] > reach:
+        first = key.shape[1] - reach
+        key, value = key[:, first:], value[:, first:]
+    return BACKENDS[name](
+        query,
+        key,
+        value,
+        window=window,
+        alibi_slopes=alibi_slopes,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+    )
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    if query.dim() != 4 or key.dim() != 4 or key.shape != value.shape:
+        raise ValueError(f"query must be (B, T, H, D), key and value (B, N, G, D); got {shapes}")
+    batch, num_queries, heads, width = query.shape
+    key_batch, num_keys, kv_heads, key_width = key.shape
+    if (batch, width) != (key_batch, key_width):
+        raise ValueError(f"query, key and value must agree in B and D; got {shapes}")
+    if num_queries > num_keys:
+        raise ValueError(f"{num_queries} queries (T) need as many keys, N is {num_keys}")
+    if min(width, heads, kv_heads) < 1 or heads % kv_heads:
+        raise ValueError(
+            f"H = {heads} must be a positive multiple of G = {kv_heads}, and D = {width} at least 1"
+        )
+
+
+def _check_kinds(query: Tensor, key: Tensor, value: Tensor) -> None:
+    if query.dtype not in _DTYPES or not query.dtype == key.dtype == value.dtype:
+        raise ValueError(
+            f"query, key and value must share one dtype of {_DTYPES};"
+            f" got {query.dtype}, {key.dtype}, {value.dtype}"
+        )
+    if not query.device == key.device == value.device:
+        raise ValueError(
+            "query, key and value must be on one device;"
+            f" got {query.device}, {key.device}, {value.device}"
+        )
+
+
+def _check_slopes(alibi_slopes: Tensor, query: Tensor) -> None:
+    if alibi_slopes.shape != query.shape[2:3] or not alibi_slopes.is_floating_point():
+        raise ValueError(
+            f"alibi_slopes must be floating point of shape ({query.shape[2]},);"
+            f" got {alibi_slopes.dtype} {tuple(alibi_slopes.shape)}"
+        )
+    if alibi_slopes.device != query.device:
+        raise ValueError(f"alibi_slopes are on {alibi_slopes.device}, query on {query.device}")
+    if alibi_slopes.requires_grad:
+        raise ValueError("alibi_slopes require a gradient, which no backend computes")

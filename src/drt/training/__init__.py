@@ -1,0 +1,25 @@
+"""Training: run configurations, the curriculum, and the wiring of transformers' Trainer."""
+
+from drt.training.config import (
+    EvaluationConfig,
+    RunConfig,
+    Stage,
+    TaskMix,
+    TrainingConfig,
+    load_config,
+    save_config,
+)
+from drt.training.run import train
+from drt.training.trainer import NeedleTrainer
+
+__all__ = [
+    "EvaluationConfig",
+    "NeedleTrainer",
+    "RunConfig",
+    "Stage",
+    "TaskMix",
+    "TrainingConfig",
+    "load_config",
+    "save_config",
+    "train",
+]

@@ -1,0 +1,256 @@
+"""Typed run configurations: a YAML file, overrides, and errors that name the key."""
+
+from __future__ import annotations
+
+import types
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from drt.configuration import DRTConfig
+from drt.data import NeedleTask
+
+
+@dataclass(frozen=True)
+class TaskMix:
+    """One needle task of a stage and how often it is drawn."""
+
+    task: NeedleTask
+    """What is hidden and asked."""
+    weight: float = 1.0
+    """Relative share of the rows."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of training on rows of one length."""
+
+    length: int
+    """Content tokens of a row; a multiple of the chunk size."""
+    tasks: list[TaskMix]
+    """The needle tasks of the rows."""
+    advance_below: float = 0.0
+    """Answer loss (nats a token, smoothed over 20 steps) under which the next stage begins."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long and how fast to train."""
+
+    num_steps: int
+    """Optimizer steps."""
+    tokens_per_step: int = 4096
+    """Content tokens of a step; rows per step = tokens_per_step / row length."""
+    learning_rate: float = 3e-3
+    """Peak rate of AdamW."""
+    final_learning_rate: float = 3e-4
+    """Rate at the end of the cosine."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.01
+    """Decay of matrices; norms and vectors are not decayed."""
+    adam_beta2: float = 0.95
+    """Second-moment decay of AdamW."""
+    max_grad_norm: float = 1.0
+    """Gradient norm is clipped to this."""
+    text_loss_weight: float = 0.1
+    """Weight of the mean loss on haystack tokens beside that on answer tokens."""
+    bf16: bool = False
+    """Whether to train under bfloat16 autocast."""
+    gradient_checkpointing: bool = False
+    """Whether to recompute layers in backward instead of keeping their activations."""
+    log_every: int = 25
+    """Steps between lines of metrics.jsonl."""
+    save_every: int = 500
+    """Steps between checkpoints; the last two are kept."""
+    evaluate_every: int = 500
+    """Steps between needle evaluations at the current row length; 0 = none."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """At which lengths to ask, and how often."""
+
+    lengths: list[int] = field(default_factory=lambda: [1024])
+    """Content tokens of context and question."""
+    single: NeedleTask = field(default_factory=NeedleTask)
+    """The task with one needle."""
+    multi: NeedleTask = field(
+        default_factory=lambda: NeedleTask(kind="multi", num_keys=6, num_questions=6)
+    )
+    """The task with several named needles; its questions share a context."""
+    num_questions: int = 64
+    """Questions per length and task."""
+    num_questions_longest: int = 8
+    """Questions on a single needle at lengths above `long_from`."""
+    long_from: int = 262144
+    """Lengths above this many tokens count as longest."""
+    seed: int = 1
+    """Seed of the evaluation examples."""
+    segment_size: int = 4096
+    """Tokens of one forward while a context is read."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One model, one corpus, one budget."""
+
+    output_dir: str
+    """Folder of checkpoints, metrics.jsonl and the final model."""
+    model: dict[str, Any]
+    """Fields of `DRTConfig`; vocab_size is taken from the tokenizer when it is left out."""
+    training: TrainingConfig
+    """Budget and optimizer."""
+    stages: list[Stage]
+    """The curriculum, short rows first."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """What `drt eval` asks unless told otherwise."""
+    tokenizer: str = "bytes"
+    """"bytes", or a Hugging Face tokenizer's name or path."""
+    corpus: str | None = None
+    """Haystack text; None = the prose and code of the Python installation."""
+    seed: int = 0
+    """Seed of initialization, data and noise."""
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError("stages is empty: training needs at least one")
+        chunk = self.model.get("chunk_size", DRTConfig.chunk_size)
+        for stage in self.stages:
+            if stage.length % chunk or self.training.tokens_per_step % stage.length:
+                raise ValueError(
+                    f"stage length {stage.length} must be a multiple of chunk_size {chunk} and "
+                    f"divide tokens_per_step {self.training.tokens_per_step}"
+                )
+
+    @property
+    def train_length(self) -> int:
+        """Tokens of the longest training row."""
+        return max(stage.length for stage in self.stages)
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a run configuration.
+
+    Args:
+        path: a YAML file; its `extends` key may name another, beside it, to change parts of.
+        overrides: "dotted.key=value" strings, the value in YAML; list items by number.
+
+    Raises:
+        ValueError: no such file, not YAML, an unknown key, or a value of the wrong type.
+    """
+    data = _read(Path(path))
+    for override in overrides or []:
+        _apply(data, override)
+    return build(RunConfig, data)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A YAML mapping, laid over the one that its `extends` key names."""
+    if not path.is_file():
+        raise ValueError(f"no configuration file at {path}")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold a mapping, got {type(data).__name__}")
+    below = data.pop("extends", None)
+    return data if below is None else _overlay(_read(path.parent / below), data)
+
+
+def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Mappings are merged; anything else above replaces what is below."""
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _overlay(merged[key], value) if both else value
+    return merged
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write a run configuration that `load_config` reads back equal."""
+    path.write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
+
+
+def build(cls: type, data: dict[str, Any], where: str = "") -> Any:
+    """Make a dataclass from a mapping, checking names and types on the way down."""
+    hints = get_type_hints(cls)
+    known = {item.name: item for item in fields(cls)}
+    for key in data:
+        if key not in known:
+            near = get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {where}{near[0]}?" if near else ""
+            raise ValueError(f"unknown key {where}{key}{hint}")
+    for name, item in known.items():
+        if name not in data and item.default is MISSING and item.default_factory is MISSING:
+            raise ValueError(f"missing key {where}{name}")
+    return cls(**{key: _convert(hints[key], value, f"{where}{key}") for key, value in data.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, args = get_origin(hint), get_args(hint)
+    if is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} must be a mapping, got {value!r}")
+        return build(hint, value, f"{where}.")
+    if origin is list:
+        if not isinstance(value, list):
+            raise ValueError(f"{where} must be a list, got {value!r}")
+        return [_convert(args[0], item, f"{where}.{n}") for n, item in enumerate(value)]
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(arg for arg in args if arg is not type(None)), value, where)
+    return _convert_plain(hint, origin, args, value, where)
+
+
+def _convert_plain(hint: Any, origin: Any, args: tuple[Any, ...], value: Any, where: str) -> Any:
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} must be a mapping, got {value!r}")
+        return value
+    if args:
+        if value not in args:
+            raise ValueError(f"{where} must be one of {list(args)}, got {value!r}")
+        return value
+    if hint is float:
+        # YAML reads 3e-3 as text.
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"{where} must be a number, got {value!r}") from None
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ValueError(f"{where} must be {hint.__name__}, got {value!r}")
+    return value
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    """Set one "dotted.key=value" in nested mappings and lists."""
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ValueError(f"an override reads key=value, got {override!r}")
+    *parents, last = key.split(".")
+    node: Any = data
+    for name in parents:
+        if isinstance(node, list):
+            node = node[_item(node, name, override)]
+        elif isinstance(node, dict):
+            node = node.setdefault(name, {})
+        else:
+            raise ValueError(f"override {override!r}: {name} is inside a plain value")
+    if isinstance(node, list):
+        node[_item(node, last, override)] = yaml.safe_load(text)
+    elif isinstance(node, dict):
+        node[last] = yaml.safe_load(text)
+    else:
+        raise ValueError(f"override {override!r}: {last} is inside a plain value")
+
+
+def _item(items: list[Any], name: str, override: str) -> int:
+    if not name.isdigit() or int(name) >= len(items):
+        raise ValueError(f"override {override!r}: {name} is no item of a list of {len(items)}")
+    return int(name)

@@ -1,0 +1,173 @@
+"""transformers' Trainer, told what a needle batch is and when to lengthen the rows."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Sampler, SequentialSampler
+from tqdm import tqdm
+from transformers.trainer import Trainer
+from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
+from transformers.training_args import TrainingArguments
+
+from drt.training.curriculum import Curriculum
+
+CURRICULUM_FILE = "curriculum.json"
+
+
+def needle_losses(logits: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean next-token loss, in nats, of answer tokens and of all other tokens.
+
+    Args:
+        logits: (B, T, vocab_size).
+        batch: `labels` (B, T) int64 and `answer_mask` (B, T) bool, as `drt.data.batch` makes them.
+    """
+    targets, is_answer = batch["labels"][:, 1:], batch["answer_mask"][:, 1:]
+    losses = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="none"
+    )
+    answer = is_answer.flatten()
+    return losses[answer].mean(), losses[~answer].mean()
+
+
+class NeedleTrainer(Trainer):
+    """Trains on needle batches: loss = answers + text_loss_weight * text."""
+
+    def __init__(self, *, text_loss_weight: float, curriculum: Curriculum, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.text_loss_weight = text_loss_weight
+        self.curriculum = curriculum
+        self._sums = {"answer_loss": 0.0, "text_loss": 0.0}
+        self._count = 0
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Answer loss and weighted text loss; the curriculum hears of the first."""
+        outputs = model(input_ids=inputs["input_ids"])
+        answer, text = needle_losses(outputs.logits, inputs)
+        self.curriculum.observe(int(inputs["step"]), float(answer.detach()))
+        self._sums["answer_loss"] += float(answer.detach())
+        self._sums["text_loss"] += float(text.detach())
+        self._count += 1
+        loss = answer + self.text_loss_weight * text
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the two losses and the row length to what is logged."""
+        if "loss" in logs and self._count:
+            logs.update({key: value / self._count for key, value in self._sums.items()})
+            logs["length"] = self.curriculum.stage_at(self.state.global_step - 1).length
+            self._sums = dict.fromkeys(self._sums, 0.0)
+            self._count = 0
+        super().log(logs, start_time)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        # Item i is the batch of step i: the order is the data.
+        return SequentialSampler(train_dataset or self.train_dataset)  # type: ignore[arg-type]
+
+
+class MetricsFile(TrainerCallback):
+    """Appends what is logged to metrics.jsonl, one JSON object a line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.started = time.monotonic()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Drop lines of steps that a resumed run will take again."""
+        kept = []
+        if self.path.is_file() and state.global_step:
+            lines = self.path.read_text().splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+        self.path.write_text("".join(line + "\n" for line in kept))
+        self.started = time.monotonic()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Write one line: the step, what was logged, and seconds since the run (re)started."""
+        if not logs or "train_runtime" in logs:
+            return
+        seconds = round(time.monotonic() - self.started, 2)
+        record = {"step": state.global_step, **logs, "seconds": seconds}
+        record.pop("epoch", None)
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+class CurriculumCheckpoint(TrainerCallback):
+    """Puts the curriculum's progress into each checkpoint; written last, it marks a whole one."""
+
+    def __init__(self, curriculum: Curriculum) -> None:
+        self.curriculum = curriculum
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Write curriculum.json beside the weights."""
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        self.curriculum.save(folder / CURRICULUM_FILE)
+
+
+class NeedleProgress(TrainerCallback):
+    """A progress bar with row length and losses; plain lines where there is no terminal."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.bar: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Open the bar at the step that training starts from."""
+        steps, done = state.max_steps, state.global_step
+        self.bar = tqdm(total=steps, initial=done, desc=self.title, unit="step", mininterval=1.0)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Move the bar."""
+        self.bar.update(1)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Show row length and losses."""
+        if logs and "answer_loss" in logs:
+            shown = {"length": str(logs["length"]), "answers": f"{logs['answer_loss']:.3f}"}
+            self.bar.set_postfix({**shown, "text": f"{logs['text_loss']:.3f}"}, refresh=False)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Close the bar."""
+        self.bar.close()
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint under `folder`, or None."""
+    whole = [path.parent for path in folder.glob(f"checkpoint-*/{CURRICULUM_FILE}")]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)

@@ -1,0 +1,56 @@
+"""A config is what was asked for, or an error that names the value."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
+
+from drt import DRTConfig
+from drt.testing import tiny_config
+
+
+def test_saved_and_loaded_is_equal(tmp_path: Path) -> None:
+    config = tiny_config(retrieval_onset="chunk", position_embedding="alibi", rope_theta=5e5)
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(loaded, DRTConfig)
+    assert loaded.to_dict() == config.to_dict() | {
+        "transformers_version": loaded.to_dict()["transformers_version"]
+    }
+
+
+def test_layers_are_counted_from_groups() -> None:
+    config = tiny_config(num_hidden_layers=7, retrieval_groups=[1, 3])
+    assert (config.num_lower_layers, config.num_upper_layers) == (3, 4)
+    assert len(config.layer_types) == 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"retrieval_topk": 0}, "retrieval_topk must be at least 1, got 0"),
+        ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
+        ({"sliding_window": -3}, "sliding_window must be at least 1, got -3"),
+        ({"retrieval_noise": -1.0}, r"retrieval_noise must not be negative, got -1\.0"),
+        ({"retrieval_groups": [0]}, r"at least 1 layer, got \[0\]"),
+        ({"retrieval_groups": [3, 2]}, "hold 5 layers, the model has num_hidden_layers = 4"),
+        ({"num_attention_heads": 5, "num_key_value_heads": 5}, "32 is not a multiple of"),
+        ({"num_key_value_heads": 3}, "4 is not a multiple of num_key_value_heads 3"),
+        ({"head_dim": 7}, "even head_dim, got 7"),
+        ({"retrieval_top_k": 8}, "unknown DRTConfig key 'retrieval_top_k'.*'retrieval_topk'"),
+        ({"nonsense": 1}, "unknown DRTConfig key 'nonsense'"),
+    ],
+)
+def test_wrong_sizes_raise(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"retrieval_onset": "token"}, {"position_embedding": "none"}, {"chunk_size": "16"}]
+)
+def test_wrong_types_raise(changes: dict[str, Any]) -> None:
+    with pytest.raises(StrictDataclassError, match=next(iter(changes))):
+        tiny_config(**changes)

@@ -1,0 +1,210 @@
+"""The model as transformers sees it: saving, loss, generation, checkpointing, errors."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from drt import DRTForCausalLM, SlabMemory
+from drt.testing import tiny_config
+
+
+@pytest.fixture
+def model() -> DRTForCausalLM:
+    return DRTForCausalLM(tiny_config()).eval()
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(0, 61, (2, 257))
+
+
+def test_saved_and_loaded_gives_the_same_logits(
+    model: DRTForCausalLM, ids: torch.Tensor, tmp_path: Path
+) -> None:
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(loaded, DRTForCausalLM)
+    assert torch.equal(loaded.eval()(ids).logits, model(ids).logits)
+
+
+def test_the_head_is_the_embedding_when_tied() -> None:
+    tied = DRTForCausalLM(tiny_config())
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    loose = DRTForCausalLM(tiny_config(tie_word_embeddings=False))
+    assert loose.lm_head.weight is not loose.model.embed_tokens.weight
+
+
+def test_lower_weights_are_named_as_llama_names_them() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = tiny_config(retrieval_groups=[])
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=61,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        )
+    ).eval()
+    ours = DRTForCausalLM(config).eval()
+    ours.load_state_dict(llama.state_dict())
+    # Inside the window, causal attention and sliding-window attention are the same thing.
+    ids = torch.randint(0, 61, (2, config.sliding_window))
+    # Two float32 forwards of four layers, in another order of summation.
+    assert torch.allclose(ours(ids).logits, llama(ids).logits, atol=1e-5)
+
+
+def test_labels_are_shifted_inside(model: DRTForCausalLM, ids: torch.Tensor) -> None:
+    labels = ids.clone()
+    labels[:, :50] = -100
+    out = model(ids, labels=labels)
+    wanted = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert torch.allclose(out.loss, wanted)
+    by_items = model(ids, labels=labels, num_items_in_batch=1000).loss
+    assert torch.allclose(by_items, wanted * (labels[:, 1:] >= 0).sum() / 1000)
+
+
+@pytest.mark.parametrize("keep", [1, 7])
+def test_logits_to_keep_are_the_last(model: DRTForCausalLM, ids: torch.Tensor, keep: int) -> None:
+    kept = model(ids, logits_to_keep=keep).logits
+    # A matrix product of fewer rows may be summed in another order.
+    assert torch.allclose(kept, model(ids).logits[:, -keep:], atol=1e-5)
+    index = torch.tensor([3, 100])
+    assert torch.allclose(
+        model(ids, logits_to_keep=index).logits, model(ids).logits[:, index], atol=1e-5
+    )
+
+
+def test_gradient_checkpointing_changes_no_gradient(ids: torch.Tensor) -> None:
+    model = DRTForCausalLM(tiny_config()).train()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        generator = torch.Generator().manual_seed(3)
+        model(ids, labels=ids, generator=generator).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_every_parameter_gets_a_gradient(ids: torch.Tensor) -> None:
+    model = DRTForCausalLM(tiny_config()).train()
+    model(ids, labels=ids).loss.backward()
+    missing = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert missing == []
+
+
+def test_generate_is_the_argmax_of_the_full_forward(model: DRTForCausalLM) -> None:
+    ids = torch.randint(0, 61, (2, 45))
+    made = model.generate(ids, max_new_tokens=40, do_sample=False)
+    grown = ids
+    for _ in range(40):
+        grown = torch.cat([grown, model(grown).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(made, grown)
+
+
+def test_right_padding_is_invisible(model: DRTForCausalLM, ids: torch.Tensor) -> None:
+    mask = torch.ones_like(ids)
+    mask[1, 100:] = 0
+    padded = ids.masked_fill(mask == 0, 0)
+    out = model(padded, attention_mask=mask).logits[1, :100]
+    assert torch.allclose(out, model(ids[1:, :100]).logits[0], atol=1e-5)
+
+
+def test_retrievals_are_returned_when_asked_for(model: DRTForCausalLM, ids: torch.Tensor) -> None:
+    out = model(ids, output_retrievals=True)
+    assert len(out.retrievals) == 2
+    for retrieval in out.retrievals:
+        assert retrieval.indices.shape == (2, 16, 4)
+        own = torch.arange(16).view(1, 16, 1)
+        assert (retrieval.indices < own).all()
+        assert torch.equal((retrieval.indices >= 0).sum(-1), own[..., 0].clamp_max(4).expand(2, -1))
+    assert model(ids).retrievals is None
+
+
+def test_chunks_inside_the_window_can_be_excluded(ids: torch.Tensor) -> None:
+    # A window of 60 positions holds 3 whole chunks of 17: the landmark's own and two before it.
+    config = tiny_config(exclude_window_chunks=True, sliding_window=60)
+    out = DRTForCausalLM(config).eval()(ids, output_retrievals=True)
+    own = torch.arange(16).view(1, 16, 1)
+    for retrieval in out.retrievals:
+        assert (retrieval.indices < (own - 2).clamp_min(0)).all()
+        assert (retrieval.indices[:, 3:, 0] >= 0).all()
+
+
+def test_the_noise_has_a_generator(ids: torch.Tensor) -> None:
+    model = DRTForCausalLM(tiny_config()).train()
+
+    def chosen(seed: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        out = model(ids, output_retrievals=True, generator=generator)
+        return out.retrievals[0].indices
+
+    assert torch.equal(chosen(1), chosen(1))
+    assert not torch.equal(chosen(1), chosen(2))
+
+
+def test_runs_in_bfloat16(ids: torch.Tensor) -> None:
+    model = DRTForCausalLM(tiny_config()).bfloat16().eval()
+    state = model.new_state(2)
+    whole = model(ids).logits
+    parts = [model(part, past_key_values=state).logits for part in ids.split([100, 1, 156], dim=1)]
+    assert whole.dtype == torch.bfloat16
+    assert torch.isfinite(whole).all()
+    assert torch.cat(parts, dim=1).shape == whole.shape
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"input_ids": None}, "exactly one of input_ids and inputs_embeds"),
+        ({"past_key_values": object()}, "must be a DRTState, got object"),
+        ({"attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]])}, "only right padding"),
+        ({"attention_mask": torch.zeros(2, 1, 3, 3)}, r"must be \(B, T\), got shape"),
+        ({"output_attentions": True}, "does not know the arguments.*output_attentions"),
+        ({"window": 3}, "does not know the arguments.*window"),
+    ],
+)
+def test_wrong_arguments_raise(model: DRTForCausalLM, kwargs: dict[str, Any], message: str) -> None:
+    arguments = {"input_ids": torch.zeros(2, 3, dtype=torch.int64), **kwargs}
+    with pytest.raises(ValueError, match=message):
+        model(**arguments)
+
+
+def test_a_state_of_other_rows_and_padding_into_a_state_raise(model: DRTForCausalLM) -> None:
+    ids = torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="the state has 1 rows, the input has 2"):
+        model(ids, past_key_values=model.new_state(1))
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    with pytest.raises(ValueError, match="padded rows cannot be read into a state"):
+        model(ids, past_key_values=model.new_state(2), attention_mask=mask)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        model.new_state(0)
+    with pytest.raises(ValueError, match="segment_size must be at least 1, got 0"):
+        model.read(ids, model.new_state(2), segment_size=0)
+
+
+def test_what_a_state_cannot_do_yet_raises(model: DRTForCausalLM) -> None:
+    ids = torch.randint(0, 61, (1, 20))
+    with pytest.raises(NotImplementedError, match="beam search"):
+        model.generate(ids, num_beams=2, max_new_tokens=2, do_sample=False)
+    with pytest.raises(ValueError, match="cache_implementation='static' is not supported"):
+        model.generate(ids, max_new_tokens=2, cache_implementation="static")
+
+
+def test_a_memory_can_be_handed_in(model: DRTForCausalLM, ids: torch.Tensor) -> None:
+    memory = SlabMemory(slab_size=4)
+    state = model.new_state(2, memory=memory)
+    model(ids, past_key_values=state)
+    assert len(memory) == 16
+    assert state.memory is memory
