@@ -16,9 +16,9 @@ def test_saved_and_loaded_is_equal(tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(loaded, DRTConfig)
-    assert loaded.to_dict() == config.to_dict() | {
-        "transformers_version": loaded.to_dict()["transformers_version"]
-    }
+    assert loaded.to_diff_dict() == config.to_diff_dict()
+    assert loaded.rope_theta == 5e5
+    assert loaded.retrieval_groups == [1, 1]
 
 
 def test_layers_are_counted_from_groups() -> None:

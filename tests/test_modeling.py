@@ -121,6 +121,13 @@ def test_right_padding_is_invisible(model: DRTForCausalLM, ids: torch.Tensor) ->
     assert torch.allclose(out, model(ids[1:, :100]).logits[0], atol=1e-5)
 
 
+def test_several_sampled_continuations_of_one_prompt(model: DRTForCausalLM) -> None:
+    ids = torch.randint(0, 61, (2, 45))
+    made = model.generate(ids, max_new_tokens=9, do_sample=True, num_return_sequences=3)
+    assert made.shape == (6, 54)
+    assert torch.equal(made[:, :45], ids.repeat_interleave(3, dim=0))
+
+
 def test_retrievals_are_returned_when_asked_for(model: DRTForCausalLM, ids: torch.Tensor) -> None:
     out = model(ids, output_retrievals=True)
     assert len(out.retrievals) == 2

@@ -315,8 +315,13 @@ class DRTForCausalLM(DRTPreTrainedModel, GenerationMixin):
                 f"cache_implementation={generation_config.cache_implementation!r} is not "
                 "supported: a DRT keeps a DRTState"
             )
+        if (generation_config.num_beams or 1) > 1:
+            raise NotImplementedError(
+                f"num_beams={generation_config.num_beams}: beam search is not supported yet"
+            )
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = self.new_state(batch_size)
+            rows = batch_size * (generation_config.num_return_sequences or 1)
+            model_kwargs["past_key_values"] = self.new_state(rows)
 
 
 def _window(state: DRTState | None, number: int) -> Any:

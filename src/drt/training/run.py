@@ -75,6 +75,8 @@ def train(
     tokenizer = load_tokenizer(config.tokenizer)
     corpus = corpus or load_corpus(config.corpus, tokenizer)
     model = build_model(config, tokenizer)
+    if config.training.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
     curriculum = Curriculum(config.stages)
     trainer = NeedleTrainer(
         model=model,
@@ -135,7 +137,6 @@ def _arguments(config: RunConfig) -> TrainingArguments:
         max_grad_norm=training.max_grad_norm,
         optim="adamw_torch_fused",
         bf16=training.bf16,
-        gradient_checkpointing=training.gradient_checkpointing,
         logging_steps=training.log_every,
         save_steps=training.save_every,
         save_total_limit=2,

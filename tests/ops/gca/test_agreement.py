@@ -107,6 +107,17 @@ def test_block_size_does_not_matter(
     torch.testing.assert_close(actual, expected, **FLOAT64)
 
 
+@pytest.mark.parametrize("short", [0, 2])
+def test_one_short_chunk_in_a_block(make_case: Callable, short: int) -> None:
+    case = make_case(1, 3, M=3, K=1, full=True)
+    lengths = torch.full((1, 3), 6)
+    lengths[0, short] = 2
+    case = case._replace(indices=torch.tensor([[[2], [1], [0]]]), key_lengths=lengths)
+    expected = case.results(grouped_cross_attention, backend="reference")
+    actual = case.results(grouped_cross_attention, backend="blocked")
+    torch.testing.assert_close(actual, expected, **FLOAT64)
+
+
 @pytest.mark.parametrize("accumulator_bytes", [1, 5000, 1 << 30])
 def test_stripes_of_heads_do_not_matter(
     make_case: Callable, monkeypatch: pytest.MonkeyPatch, accumulator_bytes: int

@@ -59,7 +59,8 @@ def grouped_cross_attention(
         query: (B, C, Q, H, D) floating; the Q positions of a chunk share one retrieval.
         key: (B, M, S, G, D), query's dtype: a memory of M chunks of S tokens; H is a multiple of
             the G key/value heads, and query head h reads head h // (H // G). Fastest, and without
-            a copy, when `key.transpose(2, 3)` is contiguous. The gradient has key's layout.
+            a copy, when `key.transpose(2, 3)` is contiguous. Its gradient is contiguous where
+            key is, and head-major in the same sense where it is not.
         value: (B, M, S, G, D), as key.
         indices: (B, C, K) int64 in [-1, M): the retrieved chunks, -1 for none.
         weights: (B, C, K) floating, of any precision, non-negative: the weight of each slot.

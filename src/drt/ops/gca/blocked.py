@@ -66,15 +66,13 @@ class _Blocked(torch.autograd.Function):
         wants = ctx.needs_input_grad
         found = Gradients(
             query.new_empty(query.shape) if wants[0] else None,
-            torch.empty_like(key) if wants[1] else None,
-            torch.empty_like(value) if wants[2] else None,
+            _new_gradient(key) if wants[1] else None,
+            _new_gradient(value) if wants[2] else None,
             weights.new_zeros(weights.shape, dtype=accumulation_dtype(query)) if wants[4] else None,
         )
         if _has_work(query, key, indices):
             inputs = (query, key, value, indices, weights, key_lengths, ctx.options)
-            # The backward may be called under autocast; the forward was not.
-            with torch.autocast("cpu", enabled=False):
-                _backward_in_stripes(inputs, grads[0], found)
+            _backward_in_stripes(inputs, grads[0], found)
         else:
             for gradient in found:
                 if gradient is not None:
@@ -87,12 +85,18 @@ def _has_work(query: Tensor, key: Tensor, indices: Tensor) -> bool:
     return query.numel() > 0 and key.numel() > 0 and indices.numel() > 0
 
 
+def _new_gradient(memory: Tensor) -> Tensor:
+    """Uninitialized (B, M, S, G, D): contiguous if the memory is, else head-major."""
+    if memory.is_contiguous():
+        return memory.new_empty(memory.shape)
+    return memory.new_empty(memory.transpose(2, 3).shape).transpose(2, 3)
+
+
 def _backward_in_stripes(inputs: tuple[Any, ...], grad: Tensor, found: Gradients) -> None:
     """Run the backward on as many heads at a time as there is room to accumulate."""
     query, key, value, *others = inputs
     kv_heads, stripe = key.shape[3], _heads_per_stripe(key)
     per_kv_head = query.shape[3] // kv_heads
-    buffers = {}
     for first in range(0, kv_heads, stripe):
         kv = slice(first, first + stripe)
         heads = slice(kv.start * per_kv_head, kv.stop * per_kv_head)
@@ -103,7 +107,6 @@ def _backward_in_stripes(inputs: tuple[Any, ...], grad: Tensor, found: Gradients
             found.weights,
         )
         work = BlockedPass(query[..., heads, :], key[..., kv, :], value[..., kv, :], *others)
-        work.buffers = buffers
         work.backward(grad[..., heads, :], part)
 
 

@@ -38,7 +38,7 @@ class Gradients(NamedTuple):
     query: Tensor | None
     """(B, C, Q, H, D) in query's dtype, overwritten."""
     key: Tensor | None
-    """(B, M, S, G, D) in key's dtype, overwritten."""
+    """(B, M, S, G, D) in key's dtype, overwritten; contiguous, or its transpose(2, 3) is."""
     value: Tensor | None
     """(B, M, S, G, D), as key."""
     weights: Tensor | None
@@ -105,8 +105,7 @@ class BlockedPass:
         """Fill `found` from the (B, C, Q, H, D) gradient of the output."""
         source = self._flat(grad)
         d_query = None if found.query is None else self._target(found.query)
-        d_key = None if found.key is None else self._accumulator(found.key)
-        d_value = None if found.value is None else self._accumulator(found.value)
+        d_key, d_value = self._accumulator(found.key), self._accumulator(found.value)
         d_weights = None if found.weights is None else torch.zeros_like(self.slots.weights)
         for block in self._blocks():
             query = self._load("query", block, self.query)
@@ -120,12 +119,10 @@ class BlockedPass:
                 self._weigh(block, wide)
                 weighted = wide if wide is values else values.copy_(wide)
                 self._backward_scores(block, p, g, query, weighted, d_query, d_key)
-        if found.key is not None and d_key is not None:
-            self._finish(d_key, found.key)
-        if found.value is not None and d_value is not None:
-            self._finish(d_value, found.value)
+        self._finish(d_key, found.key)
+        self._finish(d_value, found.value)
         if found.weights is not None and d_weights is not None:
-            self._add_weights(d_weights, found.weights.flatten(0, 1))
+            self.slots.add_to(found.weights.flatten(0, 1), d_weights)
 
     def _probabilities(self, block: _Block, query: Tensor, weights: Tensor | None) -> Tensor:
         """The softmax over each S, times the slot weights if given; leaves the tile "key"."""
@@ -137,13 +134,12 @@ class BlockedPass:
         wide = self._widened("wide score", tile)
         scores = wide.view(block.size, self.G, -1, block.topk, self.S)
         if block.ragged:
-            # The lowest finite score, not -inf: where every token is hidden, -inf would give NaN.
-            scores.masked_fill_(self._hidden(block)[:, None, None], torch.finfo(self.wide).min)
+            # No slot is hidden altogether: those without tokens are unused.
+            scores.masked_fill_(self._hidden(block)[:, None, None], -math.inf)
         top = scores.amax(-1, keepdim=True)
-        if self.options.softmax_plus_one:
-            top.clamp_(min=0.0)
         total = scores.sub_(top).exp2_().sum(-1, keepdim=True)
         if self.options.softmax_plus_one:
+            # An overflow to infinity here makes the probabilities 0, which they then are.
             total += top.neg_().exp2_()
         factor = total.reciprocal_()
         if weights is not None:
@@ -201,9 +197,8 @@ class BlockedPass:
         slots, start = self.slots, 0
         while start < len(slots.counts):
             topk, left = slots.counts[start], len(slots.counts) - start
-            widest = self.G * max(self.R * self.Q, self.D)
-            per_chunk = topk * self.S * widest * self.dtype.itemsize
-            fitting = max(1, _TILE_BYTES * torch.get_num_threads() // per_chunk)
+            widest = self.G * max(self.R * self.Q, self.D) * self.dtype.itemsize
+            fitting = max(1, _TILE_BYTES * torch.get_num_threads() // (topk * self.S * widest))
             size = math.ceil(left / math.ceil(left / fitting))
             span = slice(start, start + size)
             chunks = span if slots.order is None else slots.order[span]
@@ -248,8 +243,7 @@ class BlockedPass:
         # Keys, values and their gradients mostly share one layout, and then one index.
         known = self.layouts.get(memory.stride())
         if known is not None:
-            rows = memory.as_strided(known.rows.shape, known.rows.stride())
-            return Rows(rows, known.index)
+            return known._replace(rows=memory.as_strided(known.rows.shape, known.rows.stride()))
         found = head_major_rows(memory, self.slots.batch, self.slots.chunks)
         if has_contiguous_planes(memory):
             self.layouts[memory.stride()] = found
@@ -286,10 +280,10 @@ class BlockedPass:
         tile.view(block.size, self.G, block.topk, -1).mul_(weights)
         return tile
 
-    def _accumulator(self, gradient: Tensor) -> Rows | Tensor:
+    def _accumulator(self, gradient: Tensor | None) -> Rows | Tensor | None:
         """What to scatter to: the gradient itself if it is precise enough and laid out for it."""
-        if self.slots.itself:
-            return self._rows(gradient)
+        if gradient is None or self.slots.itself:
+            return None if gradient is None else self._rows(gradient)
         if not self._accumulates(gradient):
             head_major = gradient.transpose(2, 3).shape
             gradient = torch.empty(head_major, dtype=self.wide).transpose(2, 3)
@@ -298,18 +292,8 @@ class BlockedPass:
     def _accumulates(self, gradient: Tensor) -> bool:
         return gradient.dtype == self.wide and has_contiguous_planes(gradient)
 
-    def _finish(self, memory: Rows | Tensor, gradient: Tensor) -> None:
+    def _finish(self, memory: Rows | Tensor | None, gradient: Tensor | None) -> None:
         """Copy what was accumulated into the gradient, unless it is the gradient."""
-        if isinstance(memory, Rows) and not self._accumulates(gradient):
+        if gradient is not None and isinstance(memory, Rows) and not self._accumulates(gradient):
             head_major = gradient.transpose(2, 3)
             head_major.copy_(memory.rows.view(head_major.shape))
-
-    def _add_weights(self, found: Tensor, gradient: Tensor) -> None:
-        """Add (N', K) sorted gradients of the used slots to those of all (N, K)."""
-        order, position = self.slots.order, self.slots.position
-        if order is None or position is None:
-            gradient += found
-        else:
-            used = torch.arange(found.shape[1]) < torch.tensor(self.slots.counts)[:, None]
-            found.masked_fill_(~used, 0.0)
-            gradient.index_put_((order[:, None], position), found, accumulate=True)

@@ -34,6 +34,15 @@ class Slots(NamedTuple):
     itself: bool
     """Chunk c of a row retrieves chunk c of its memory and nothing else: no index is needed."""
 
+    def add_to(self, total: Tensor, part: Tensor) -> None:
+        """Add (N', K) numbers in the order of the slots to (N, K), leaving out unused slots."""
+        if self.order is None or self.position is None:
+            total += part
+        else:
+            used = torch.arange(part.shape[1]) < torch.tensor(self.counts)[:, None]
+            part = part.masked_fill(~used, 0.0)
+            total.index_put_((self.order[:, None], self.position), part, accumulate=True)
+
 
 class Rows(NamedTuple):
     """A memory as rows of S * D numbers, one per chunk and key/value head."""
@@ -102,8 +111,8 @@ def head_major_rows(memory: Tensor, batch: Tensor, chunks: Tensor) -> Rows:
         memory = memory.transpose(2, 3).contiguous().transpose(2, 3)
     plane = memory.shape[2] * memory.shape[4]
     outer = (0, 1, 3)
-    # Distances in planes; the stride of a dimension of size 1 means nothing.
-    steps = [memory.stride(dim) // plane if memory.shape[dim] > 1 else 0 for dim in outer]
+    # In planes; the stride of a dimension of size 1 may be anything, and is multiplied by 0.
+    steps = [memory.stride(dim) // plane for dim in outer]
     last = sum(step * (memory.shape[dim] - 1) for step, dim in zip(steps, outer, strict=True))
     per_head = torch.arange(memory.shape[3])[:, None] * steps[2]
     index = (batch[:, None] * steps[0] + chunks * steps[1])[:, None] + per_head

@@ -54,8 +54,9 @@ class _BandedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value = ctx.saved_tensors
-        wanted = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+        # Unpacked once: under gradient checkpointing a second look would recompute the layer.
+        saved = query, key, value = ctx.saved_tensors
+        wanted = zip(saved, ctx.needs_input_grad, strict=False)
         results = [_empty(x) if needed else None for x, needed in wanted]
         plan = make_plan(query, key, ctx.band)
         tensors = (query, key, value, grads[0], *results)

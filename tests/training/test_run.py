@@ -1,0 +1,149 @@
+"""A run from start to end, and a run that was stopped and went on."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from drt.data import byte_tokenizer, load_corpus
+from drt.training import RunConfig, Stage, train
+from drt.training.curriculum import LEAD_STEPS, SETTLING_STEPS, Curriculum, NeedleBatches
+from drt.training.trainer import latest_checkpoint, needle_losses
+
+
+def metrics(config: RunConfig) -> list[dict[str, Any]]:
+    lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+class Stopped(Exception):
+    pass
+
+
+class StopAt(TrainerCallback):
+    """Raises in the middle of training, as Ctrl-C or a kill would."""
+
+    step = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise Stopped
+
+
+@pytest.mark.parametrize("stop", [43, 46, 55])
+def test_a_stopped_run_goes_on_with_the_same_curve(
+    run_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    train(run_config)
+    whole = replace(run_config, output_dir=str(tmp_path / "stopped"))
+    monkeypatch.setattr(StopAt, "step", stop)
+    from drt.training import run
+
+    add = run._replace_callbacks
+
+    def with_stop(trainer: Any, *rest: Any) -> None:
+        add(trainer, *rest)
+        trainer.add_callback(StopAt())
+
+    monkeypatch.setattr(run, "_replace_callbacks", with_stop)
+    with pytest.raises(Stopped):
+        train(whole)
+    monkeypatch.setattr(run, "_replace_callbacks", add)
+    train(whole, resume=True)
+    # The stage changes inside the run, at a step after which one of the stops is.
+    assert {line["length"] for line in metrics(run_config)} == {128, 256}
+    assert metrics(whole) == metrics(run_config)
+    models = [
+        AutoModelForCausalLM.from_pretrained(Path(c.output_dir) / "model").state_dict()
+        for c in (run_config, whole)
+    ]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+def test_a_run_leaves_what_is_needed_to_use_and_repeat_it(run_config: RunConfig) -> None:
+    short = replace(run_config, training=replace(run_config.training, num_steps=3))
+    final = train(short)
+    assert {"config.json", "model.safetensors", "tokenizer.json", "run.yaml"} <= {
+        path.name for path in final.iterdir()
+    }
+    lines = metrics(short)
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    for line in lines:
+        expected = line["answer_loss"] + 0.1 * line["text_loss"]
+        # The Trainer rounds what it logs to float32 sums.
+        assert line["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_earlier_run_is_not_overwritten_by_accident(run_config: RunConfig) -> None:
+    short = replace(run_config, training=replace(run_config.training, num_steps=2))
+    train(short)
+    with pytest.raises(ValueError, match="holds an earlier run"):
+        train(short)
+    with pytest.raises(ValueError, match="another configuration"):
+        train(replace(short, seed=5), resume=True)
+    train(replace(short, seed=5), overwrite=True)
+
+
+def test_a_folder_of_other_things_is_left_alone(run_config: RunConfig) -> None:
+    folder = Path(run_config.output_dir)
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="is not empty and holds no run"):
+            train(run_config, overwrite=overwrite)
+    assert (folder / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_checkpoint_without_its_last_file_is_not_whole(
+    run_config: RunConfig, tmp_path: Path
+) -> None:
+    short = replace(run_config, training=replace(run_config.training, num_steps=20))
+    train(short)
+    folder = Path(short.output_dir)
+    assert latest_checkpoint(folder) == folder / "checkpoint-20"
+    (folder / "checkpoint-20" / "curriculum.json").unlink()
+    assert latest_checkpoint(folder) == folder / "checkpoint-10"
+    shutil.rmtree(folder / "checkpoint-10")
+    assert latest_checkpoint(folder) is None
+
+
+def test_the_curriculum_moves_on_when_the_loss_is_low_and_settled(run_config: RunConfig) -> None:
+    tasks = run_config.stages[0].tasks
+    curriculum = Curriculum([Stage(128, tasks, advance_below=0.5), Stage(256, tasks)])
+    for step in range(SETTLING_STEPS + 10):
+        curriculum.observe(step, 1.0)
+    assert curriculum.starts == [0]
+    step = SETTLING_STEPS + 10
+    while len(curriculum.starts) == 1:
+        curriculum.observe(step, 0.0)
+        step += 1
+    # 1.0 decays by 0.95 a step: below 0.5 after 14 steps.
+    assert curriculum.starts == [0, SETTLING_STEPS + 10 + 13 + LEAD_STEPS]
+    assert curriculum.stage_at(curriculum.starts[1] - 1).length == 128
+    assert curriculum.stage_at(curriculum.starts[1]).length == 256
+
+
+def test_a_batch_is_a_function_of_the_step(run_config: RunConfig) -> None:
+    corpus = load_corpus(None, byte_tokenizer())
+    first = NeedleBatches(run_config, corpus, Curriculum(run_config.stages))
+    second = NeedleBatches(run_config, corpus, Curriculum(run_config.stages))
+    second[3]
+    assert torch.equal(first[7]["input_ids"], second[7]["input_ids"])
+    assert not torch.equal(first[7]["input_ids"], first[8]["input_ids"])
+    with pytest.raises(IndexError):
+        first[60]
+
+
+def test_losses_of_answers_and_text_by_hand() -> None:
+    logits = torch.randn(1, 4, 5)
+    labels = torch.tensor([[0, 1, 2, 3]])
+    mask = torch.tensor([[False, False, True, False]])
+    answer, text = needle_losses(logits, {"labels": labels, "answer_mask": mask})
+    each = -logits.log_softmax(-1)[0, torch.arange(3), labels[0, 1:]]
+    assert answer == pytest.approx(float(each[1]))
+    assert text == pytest.approx(float(each[[0, 2]].mean()))
