@@ -15,7 +15,7 @@ from drt.evaluation.inspection import inspect_question
 from drt.evaluation.memory import life_peak_rss
 from drt.modeling import DRTForCausalLM
 from drt.training import RunConfig, train
-from drt.training.run import CONFIG_FILE, FINAL_FOLDER
+from drt.training.run import CONFIG_FILE, FINAL_FOLDER, check_same_run
 
 DRT, BASELINE = "drt", "baseline"
 INSPECTED_LENGTH = 65536
@@ -84,8 +84,8 @@ def _trained(
         )
         timing.write_text(json.dumps(time.perf_counter() - begun))
     else:
-        train_again = "drt demo --overwrite"
-        print(f"{folder} holds a trained model: using it ({train_again} trains anew)")
+        check_same_run(folder, config)
+        print(f"{folder} holds a trained model: using it; --overwrite trains anew")
     return DRTForCausalLM.from_pretrained(final), json.loads(timing.read_text())
 
 

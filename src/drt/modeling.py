@@ -279,8 +279,9 @@ class DRTForCausalLM(DRTPreTrainedModel, GenerationMixin):
     def read(self, input_ids: Tensor, state: DRTState, *, segment_size: int = 4096) -> None:
         """Read a text of any length into a state, in segments, without logits.
 
-        Only the lower layers and the chunk encoder write to the memory, so the upper layers run
-        over just the tail that later tokens can still see. What follows is exact to rounding.
+        Layers whose work no later token can see are left out. Only the lower layers and the chunk
+        encoder write to the memory, so the upper layers run over just the tail of the text; a
+        model without retrieval groups reads nothing but its tail. The state is exact to rounding.
 
         Args:
             input_ids: (B, T) int64 content tokens.
@@ -290,16 +291,27 @@ class DRTForCausalLM(DRTPreTrainedModel, GenerationMixin):
         if segment_size < 1:
             raise ValueError(f"segment_size must be at least 1, got {segment_size}")
         length = input_ids.shape[1]
-        # Every upper layer looks back W - 1 positions, every retrieval at most two chunks.
-        reach = self.config.num_upper_layers * (self.config.sliding_window - 1)
-        reach += (len(self.config.retrieval_groups) + 1) * (self.config.chunk_size + 1)
-        tail = max(length - reach, 0)
-        if tail:
-            state.forget_upper(self.config.num_lower_layers)
-        for begin, end in _segments(length, tail, segment_size):
+        tail = max(length - self._reach(), 0)
+        begin = 0
+        if tail and self.config.retrieval_groups:
+            state.forget_layers(self.config.num_lower_layers)
+        elif tail:
+            state.forget_layers(0)
+            state.num_tokens += tail
+            begin = tail
+        for begin, end in _segments(begin, length, tail, segment_size):
             embeddings = self.model.embed_tokens(input_ids[:, begin:end])
             _check_state(state, embeddings)
             self.model(embeddings, state, memory_only=end <= tail)
+
+    def _reach(self) -> int:
+        """Tokens before a position that the layers above the memory can see from it."""
+        config = self.config
+        groups = len(config.retrieval_groups)
+        layers = config.num_upper_layers if groups else config.num_hidden_layers
+        # A layer looks back W - 1 positions; a retrieval is a chunk old at most when it is used.
+        retrievals = (groups + 1) * (config.chunk_size + 1) if groups else 0
+        return layers * (config.sliding_window - 1) + retrievals
 
     def _prepare_cache_for_generation(
         self,
@@ -328,12 +340,11 @@ def _window(state: DRTState | None, number: int) -> Any:
     return None if state is None else state.windows[number]
 
 
-def _segments(length: int, tail: int, segment_size: int) -> Iterator[tuple[int, int]]:
-    """Segments of at most `segment_size` tokens that cover `length`, cut once more at `tail`."""
-    begin = 0
+def _segments(begin: int, length: int, tail: int, size: int) -> Iterator[tuple[int, int]]:
+    """Segments of at most `size` tokens from `begin` to `length`, cut once more at `tail`."""
     while begin < length:
         limit = tail if begin < tail else length
-        end = min(begin + segment_size, limit)
+        end = min(begin + size, limit)
         yield begin, end
         begin = end
 

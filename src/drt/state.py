@@ -82,9 +82,9 @@ class DRTState(Cache):
         other.memory = self.memory.fork()
         return other
 
-    def forget_upper(self, num_lower_layers: int) -> None:
-        """Drop what the upper layers saw; they must read a long enough tail again."""
-        for window in self.windows[num_lower_layers:]:
+    def forget_layers(self, first: int) -> None:
+        """Drop what layers from `first` on saw; they must read a long enough tail again."""
+        for window in self.windows[first:]:
             window.clear()
         self.current = [None] * len(self.current)
 

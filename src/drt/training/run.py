@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +115,24 @@ def _prepare_folder(folder: Path, config: RunConfig, *, resume: bool, overwrite:
             raise ValueError(
                 f"{folder} holds an earlier run: resume it, overwrite it or choose another folder"
             )
-        if load_config(file) != config:
-            raise ValueError(f"the run in {folder} has another configuration: see {file}")
+        check_same_run(folder, config)
     elif folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no run of this program")
     folder.mkdir(parents=True, exist_ok=True)
     save_config(config, file)
+
+
+def check_same_run(folder: Path, config: RunConfig) -> None:
+    """Refuse to go on with a run that was trained with another configuration.
+
+    What it is asked afterwards, its `evaluation`, may differ.
+    """
+    file = folder / CONFIG_FILE
+    if replace(load_config(file), evaluation=config.evaluation) != config:
+        raise ValueError(
+            f"the run in {folder} has another configuration, see {file}: "
+            "overwrite it or choose another folder"
+        )
 
 
 def _arguments(config: RunConfig) -> TrainingArguments:

@@ -1,0 +1,137 @@
+"""The commands as a user types them, on a run small enough for a test."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from drt.cli.main import main
+
+TASK = {"kind": "single", "num_questions": 1, "num_digits": 2}
+MODEL = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_encoder_layers": 1,
+    "retrieval_groups": [1],
+    "retrieval_topk": 2,
+    "chunk_size": 16,
+    "sliding_window": 16,
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    data = {
+        "output_dir": str(tmp_path / "run"),
+        "model": MODEL,
+        "training": {"num_steps": 4, "tokens_per_step": 128, "evaluate_every": 2},
+        "stages": [{"length": 128, "tasks": [{"task": TASK}]}],
+        "evaluation": {
+            "lengths": [128, 512],
+            "single": TASK,
+            "multi": {"kind": "multi", "num_keys": 2, "num_questions": 2, "num_digits": 2},
+            "num_questions": 4,
+            "num_questions_longest": 2,
+            "long_from": 256,
+        },
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+@pytest.fixture
+def baseline(config: Path) -> Path:
+    path = config.parent / "baseline.yaml"
+    path.write_text(yaml.safe_dump({"extends": "config.yaml", "model": {"retrieval_groups": []}}))
+    return path
+
+
+def test_train_then_eval(config: Path, tmp_path: Path, capsys: Any) -> None:
+    assert main(["train", str(config)]) == 0
+    assert main(["train", str(config)]) == 2
+    assert "holds an earlier run" in capsys.readouterr().err
+    assert main(["train", str(config), "--resume"]) == 0
+    scores = tmp_path / "scores.json"
+    arguments = ["eval", str(tmp_path / "run"), "--lengths", "256", "--questions", "2"]
+    assert main([*arguments, "--json", str(scores)]) == 0
+    assert "exact match" in capsys.readouterr().out
+    record = json.loads(scores.read_text())
+    assert [row["length"] for row in record["single"]] == [256]
+    assert record["single"][0]["n"] == record["multi"][0]["n"] == 2
+
+
+def test_demo_writes_results_figure_and_report(
+    config: Path, baseline: Path, tmp_path: Path, capsys: Any
+) -> None:
+    output = tmp_path / "demo"
+    arguments = ["demo", "--config", str(config), "--baseline", str(baseline)]
+    assert main([*arguments, "--output", str(output), "seed=3"]) == 0
+    results = json.loads((output / "results.json").read_text())
+    assert results["train_length"] == 128
+    assert results["seed"] == 3
+    assert results["peak_rss_bytes"] > 0
+    assert set(results["models"]) == {"drt", "baseline"}
+    for name, model in results["models"].items():
+        assert model["parameters"] > 0
+        assert [(row["length"], row["n"]) for row in model["single"]] == [(128, 4), (512, 2)]
+        assert [(row["length"], row["n"]) for row in model["multi"]] == [(128, 4), (512, 4)]
+        for row in model["single"] + model["multi"]:
+            assert 0 <= row["exact_match"] <= 1
+            assert row["seconds_per_example"] > 0
+            assert (row["recall"] is None) == (name == "baseline")
+    assert (output / "figure.png").read_bytes().startswith(b"\x89PNG")
+    report = (output / "report.html").read_text()
+    assert "data:image/png;base64" in report
+    assert "What was retrieved" in report
+    assert "http" not in report.replace("http-equiv", "")
+    # The same command again uses what is there; --overwrite does not.
+    capsys.readouterr()
+    assert main([*arguments, "--output", str(output), "seed=3"]) == 0
+    assert "holds a trained model" in capsys.readouterr().out
+    assert main([*arguments, "--output", str(output), "seed=4"]) == 2
+    assert "another configuration" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "nowhere.yaml"], "no configuration file nowhere.yaml; shipped ones: demo"),
+        (["train", "demo", "training.steps=3"], "unknown key training.steps"),
+        (["eval", "nowhere"], "nowhere holds no model"),
+        (["demo", "--corpus", "no/such/file", "--output", "{tmp}/d"], "no/such/file"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(
+    arguments: list[str], message: str, tmp_path: Path, capsys: Any
+) -> None:
+    assert main([word.replace("{tmp}", str(tmp_path)) for word in arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["train", "--help"], ["sing"]])
+def test_help_and_unknown_commands(arguments: list[str], capsys: Any) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == (0 if "--help" in arguments else 2)
+    shown = capsys.readouterr()
+    assert "drt" in shown.out + shown.err
+
+
+def test_ctrl_c_is_not_a_traceback(
+    config: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import drt.training
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(drt.training, "train", interrupted)
+    assert main(["train", str(config)]) == 130
+    assert "stopped" in capsys.readouterr().err
