@@ -134,6 +134,8 @@ class DRTConfig(PreTrainedConfig):
     def _check_heads(self) -> None:
         """Refuse heads that do not divide what they must divide."""
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        assert kv_heads is not None
+        assert self.head_dim is not None
         if self.head_dim == self.hidden_size // heads and self.hidden_size % heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of "

@@ -52,8 +52,8 @@ class DRTPreTrainedModel(PreTrainedModel):
     config_class = DRTConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("DRTDecoderLayer", "DRTEncoderLayer")
-    _skip_keys_device_placement = ("past_key_values",)
+    _no_split_modules = ["DRTDecoderLayer", "DRTEncoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     # A state cannot be rolled back, so assisted decoding is refused.
     _is_stateful = True
 
@@ -292,14 +292,14 @@ class DRTForCausalLM(DRTPreTrainedModel, GenerationMixin):
             raise ValueError(f"segment_size must be at least 1, got {segment_size}")
         length = input_ids.shape[1]
         tail = max(length - self._reach(), 0)
-        begin = 0
+        first = 0
         if tail and self.config.retrieval_groups:
             state.forget_layers(self.config.num_lower_layers)
         elif tail:
             state.forget_layers(0)
             state.num_tokens += tail
-            begin = tail
-        for begin, end in _segments(begin, length, tail, segment_size):
+            first = tail
+        for begin, end in _segments(first, length, tail, segment_size):
             embeddings = self.model.embed_tokens(input_ids[:, begin:end])
             _check_state(state, embeddings)
             self.model(embeddings, state, memory_only=end <= tail)

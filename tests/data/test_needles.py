@@ -27,7 +27,7 @@ from drt.data import (
     score_answer,
 )
 
-NEEDLE = re.compile(r" The (?:pass key|key of (?P<name>\w+)) is (?P<value>\d+)\. ")
+NEEDLE = re.compile(r" The (?:pass|(?P<name>\w+)) key: (?P<value>\d+)\. ")
 ROW = {"seed": 0, "index": 0, "length": 1024, "chunk_size": 32}
 
 TASKS = st.one_of(
@@ -154,8 +154,8 @@ def test_needles_are_anywhere_and_cross_chunk_borders(byte_corpus: Corpus) -> No
     ]
     starts, ends = np.array([row.questions[0].needle_span for row in rows]).T
     crossing = (starts // 32 != (ends - 1) // 32).mean()
-    # A needle of 24 tokens crosses a border of 32 at 23 of 32 offsets. Five standard deviations.
-    assert abs(crossing - 23 / 32) < 5 * (23 / 32 * 9 / 32 / 200) ** 0.5
+    # A needle of 22 tokens crosses a border of 32 at 21 of 32 offsets. Five standard deviations.
+    assert abs(crossing - 21 / 32) < 5 * (21 / 32 * 11 / 32 / 200) ** 0.5
     # 200 draws of 32 offsets leave one out with chance 32 * (31/32)**200, about 0.06; four, never.
     assert len(set(starts % 32)) > 28
 
@@ -378,7 +378,7 @@ def test_wrong_texts_are_refused(needle: str, question: str) -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"length": 68}, r"of 24 tokens in all .* 39 tokens .* of 5 need 69 .* length is 68"),
+        ({"length": 68}, r"of 22 tokens in all .* 15 tokens .* of 5 need 69 .* length is 68"),
         ({"chunk_size": 4}, "an answer of 5 tokens exceeds chunk_size 4"),
         ({"chunk_size": 0}, "chunk_size is 0"),
         ({"seed": -1}, "seed is -1"),
@@ -398,8 +398,8 @@ def test_wrong_arguments_are_refused(
 def test_wrong_arguments_of_examples_are_refused(byte_corpus: Corpus) -> None:
     with pytest.raises(ValueError, match="length is 1000; it must be a multiple of chunk_size 32"):
         NeedleTask().evaluation_example(byte_corpus, **{**ROW, "length": 1000})
-    with pytest.raises(ValueError, match="need 96 tokens at chunk_size 32; length is 64"):
-        NeedleTask().evaluation_example(byte_corpus, **{**ROW, "length": 64})
+    with pytest.raises(ValueError, match="need 64 tokens at chunk_size 32; length is 32"):
+        NeedleTask().evaluation_example(byte_corpus, **{**ROW, "length": 32})
     for depth in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="depth is"):
             NeedleTask().evaluation_example(byte_corpus, **ROW, depth=depth)

@@ -21,7 +21,7 @@ def metrics(config: RunConfig) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     pass
 
 
@@ -32,7 +32,7 @@ class StopAt(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.step:
-            raise Stopped
+            raise StoppedError
 
 
 @pytest.mark.parametrize("stop", [43, 46, 55])
@@ -51,7 +51,7 @@ def test_a_stopped_run_goes_on_with_the_same_curve(
         trainer.add_callback(StopAt())
 
     monkeypatch.setattr(run, "_replace_callbacks", with_stop)
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         train(whole)
     monkeypatch.setattr(run, "_replace_callbacks", add)
     train(whole, resume=True)

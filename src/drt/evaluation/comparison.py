@@ -45,7 +45,7 @@ def score_by_length(
                 num_questions=questions_at(evaluation, task, length),
                 seed=evaluation.seed,
                 segment_size=evaluation.segment_size,
-                on_context=lambda _example, _answers, step=length: bar.update(step),
+                on_context=lambda tokens: bar.update(tokens),
             )
             scores[task].append(score)
     return scores

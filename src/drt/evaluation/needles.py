@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from drt.data import Corpus, NeedleExample, NeedleQuestion, NeedleTask, score_answer
+from drt.data import Corpus, NeedleQuestion, NeedleTask, score_answer
 from drt.evaluation.memory import peak_rss, reset_peak_rss
 from drt.memory import SlabMemory
 from drt.modeling import DRTForCausalLM
@@ -92,7 +92,7 @@ def evaluate_needles(
     num_questions: int,
     seed: int = 1,
     segment_size: int = 4096,
-    on_context: Callable[[NeedleExample, list[Answer]], None] | None = None,
+    on_context: Callable[[int], object] | None = None,
 ) -> NeedleScore:
     """Score a model on one needle task at one length.
 
@@ -106,7 +106,7 @@ def evaluate_needles(
         num_questions: questions to ask at least; whole examples are used.
         seed: seed of the examples.
         segment_size: tokens of one forward while reading.
-        on_context: called after each example with its answers.
+        on_context: called after each example with the tokens read.
     """
     if num_questions < 1:
         raise ValueError(f"num_questions must be at least 1, got {num_questions}")
@@ -124,7 +124,7 @@ def evaluate_needles(
         answers += said
         examples += 1
         if on_context is not None:
-            on_context(example, said)
+            on_context(length)
     seconds = (time.perf_counter() - started) / examples
     return _score(length, answers, seconds, peak_rss() if resettable else None)
 
