@@ -35,10 +35,15 @@ class StopAt(TrainerCallback):
             raise StoppedError
 
 
-@pytest.mark.parametrize("stop", [43, 46, 55])
+@pytest.mark.parametrize(("stop", "optimizer"), [(43, "adamw"), (46, "muon"), (55, "muon")])
 def test_a_stopped_run_goes_on_with_the_same_curve(
-    run_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+    run_config: RunConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stop: int,
+    optimizer: Any,
 ) -> None:
+    run_config = replace(run_config, training=replace(run_config.training, optimizer=optimizer))
     train(run_config)
     whole = replace(run_config, output_dir=str(tmp_path / "stopped"))
     monkeypatch.setattr(StopAt, "step", stop)

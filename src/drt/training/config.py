@@ -6,7 +6,7 @@ import types
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -44,8 +44,10 @@ class TrainingConfig:
     """Optimizer steps."""
     tokens_per_step: int = 4096
     """Content tokens of a step; rows per step = tokens_per_step / row length."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW, or Muon on matrices with AdamW on the rest."""
     learning_rate: float = 3e-3
-    """Peak rate of AdamW."""
+    """Peak learning rate."""
     final_learning_rate: float = 3e-4
     """Rate at the end of the cosine."""
     warmup_steps: int = 100
@@ -53,7 +55,7 @@ class TrainingConfig:
     weight_decay: float = 0.01
     """Decay of matrices; norms and vectors are not decayed."""
     adam_beta2: float = 0.95
-    """Second-moment decay of AdamW."""
+    """Decay of AdamW's second moment."""
     max_grad_norm: float = 1.0
     """Gradient norm is clipped to this."""
     text_loss_weight: float = 0.1

@@ -87,6 +87,7 @@ def train(
         data_collator=_only,
         text_loss_weight=config.training.text_loss_weight,
         curriculum=curriculum,
+        optimizer_name=config.training.optimizer,
     )
     _replace_callbacks(trainer, config, corpus, title)
     checkpoint = latest_checkpoint(folder) if resume else None

@@ -17,6 +17,7 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from transformers.training_args import TrainingArguments
 
 from drt.training.curriculum import Curriculum
+from drt.training.optimizer import MuonWithAdamW, split_parameters
 
 CURRICULUM_FILE = "curriculum.json"
 
@@ -39,8 +40,16 @@ def needle_losses(logits: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Ten
 class NeedleTrainer(Trainer):
     """Trains on needle batches: loss = answers + text_loss_weight * text."""
 
-    def __init__(self, *, text_loss_weight: float, curriculum: Curriculum, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        text_loss_weight: float,
+        curriculum: Curriculum,
+        optimizer_name: str = "adamw",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
+        self.optimizer_name = optimizer_name
         self.text_loss_weight = text_loss_weight
         self.curriculum = curriculum
         self._sums = {"answer_loss": 0.0, "text_loss": 0.0}
@@ -71,6 +80,20 @@ class NeedleTrainer(Trainer):
             self._sums = dict.fromkeys(self._sums, 0.0)
             self._count = 0
         super().log(logs, start_time)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW as the Trainer makes it, or Muon with AdamW."""
+        if self.optimizer is not None or self.optimizer_name == "adamw":
+            return super().create_optimizer(model)
+        matrices, others = split_parameters(self.model if model is None else model)
+        self.optimizer = MuonWithAdamW(
+            matrices,
+            others,
+            lr=self.args.learning_rate,
+            weight_decay=self.args.weight_decay,
+            betas=(self.args.adam_beta1, self.args.adam_beta2),
+        )
+        return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         # Item i is the batch of step i: the order is the data.
