@@ -72,7 +72,7 @@ class MuonWithAdamW(Optimizer):
         self._share_groups()
 
 
-def split_parameters(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """The weights of linear layers but the output head, and all other trained parameters."""
     embeddings = {
         id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()

@@ -85,7 +85,8 @@ class NeedleTrainer(Trainer):
         """AdamW as the Trainer makes it, or Muon with AdamW."""
         if self.optimizer is not None or self.optimizer_name == "adamw":
             return super().create_optimizer(model)
-        matrices, others = split_parameters(self.model if model is None else model)
+        trained: Any = self.model if model is None else model
+        matrices, others = split_parameters(trained)
         self.optimizer = MuonWithAdamW(
             matrices,
             others,
