@@ -27,7 +27,7 @@ from drt.data import (
     score_answer,
 )
 
-NEEDLE = re.compile(r" The (?:pass|(?P<name>\w+)) key: (?P<value>\d+)\. ")
+NEEDLE = re.compile(r" The key (?:pass|(?P<name>\w+))=(?P<value>\d+)\. ")
 ROW = {"seed": 0, "index": 0, "length": 1024, "chunk_size": 32}
 
 TASKS = st.one_of(
@@ -154,8 +154,8 @@ def test_needles_are_anywhere_and_cross_chunk_borders(byte_corpus: Corpus) -> No
     ]
     starts, ends = np.array([row.questions[0].needle_span for row in rows]).T
     crossing = (starts // 32 != (ends - 1) // 32).mean()
-    # A needle of 22 tokens crosses a border of 32 at 21 of 32 offsets. Five standard deviations.
-    assert abs(crossing - 21 / 32) < 5 * (21 / 32 * 11 / 32 / 200) ** 0.5
+    # A needle of 21 tokens crosses a border of 32 at 20 of 32 offsets. Five standard deviations.
+    assert abs(crossing - 20 / 32) < 5 * (20 / 32 * 12 / 32 / 200) ** 0.5
     # 200 draws of 32 offsets leave one out with chance 32 * (31/32)**200, about 0.06; four, never.
     assert len(set(starts % 32)) > 28
 
@@ -378,7 +378,7 @@ def test_wrong_texts_are_refused(needle: str, question: str) -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"length": 68}, r"of 22 tokens in all .* 15 tokens .* of 5 need 69 .* length is 68"),
+        ({"length": 68}, r"of 21 tokens in all .* 14 tokens .* of 5 need 69 .* length is 68"),
         ({"chunk_size": 4}, "an answer of 5 tokens exceeds chunk_size 4"),
         ({"chunk_size": 0}, "chunk_size is 0"),
         ({"seed": -1}, "seed is -1"),

@@ -44,8 +44,8 @@ class NeedleTemplate:
 
 
 # A question ends with the very words that stand before the value in the needle.
-SINGLE = NeedleTemplate(needle=" The pass key: {value}. ", question=" The pass key: ")
-MULTI = NeedleTemplate(needle=" The {name} key: {value}. ", question=" The {name} key: ")
+SINGLE = NeedleTemplate(needle=" The key pass={value}. ", question=" The key pass=")
+MULTI = NeedleTemplate(needle=" The key {name}={value}. ", question=" The key {name}=")
 
 
 class Needle(NamedTuple):

@@ -60,6 +60,8 @@ class TrainingConfig:
     """Gradient norm is clipped to this."""
     text_loss_weight: float = 0.1
     """Weight of the mean loss on haystack tokens beside that on answer tokens."""
+    first_token_weight: float = 0.0
+    """Weight of the mean loss on the first token of each answer, beside that on all of them."""
     bf16: bool = False
     """Whether to train under bfloat16 autocast."""
     gradient_checkpointing: bool = False

@@ -86,6 +86,7 @@ def train(
         # An item of the dataset is a batch already.
         data_collator=_only,
         text_loss_weight=config.training.text_loss_weight,
+        first_token_weight=config.training.first_token_weight,
         curriculum=curriculum,
         optimizer_name=config.training.optimizer,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +22,19 @@ from drt.training.optimizer import MuonWithAdamW, split_parameters
 CURRICULUM_FILE = "curriculum.json"
 
 
-def needle_losses(logits: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean next-token loss, in nats, of answer tokens and of all other tokens.
+class NeedleLosses(NamedTuple):
+    """Mean next-token losses of a batch, in nats a token."""
+
+    answer: Tensor
+    """Of answer tokens."""
+    first: Tensor
+    """Of the first token of each answer: the one that no earlier token of it gives away."""
+    text: Tensor
+    """Of all other tokens."""
+
+
+def needle_losses(logits: Tensor, batch: dict[str, Tensor]) -> NeedleLosses:
+    """The losses of a needle batch.
 
     Args:
         logits: (B, T, vocab_size).
@@ -34,16 +45,21 @@ def needle_losses(logits: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Ten
         logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="none"
     )
     answer = is_answer.flatten()
-    return losses[answer].mean(), losses[~answer].mean()
+    first = (is_answer & ~batch["answer_mask"][:, :-1]).flatten()
+    return NeedleLosses(losses[answer].mean(), losses[first].mean(), losses[~answer].mean())
 
 
 class NeedleTrainer(Trainer):
-    """Trains on needle batches: loss = answers + text_loss_weight * text."""
+    """Trains on needle batches.
+
+    loss = answer + first_token_weight * first + text_loss_weight * text, each a mean.
+    """
 
     def __init__(
         self,
         *,
         text_loss_weight: float,
+        first_token_weight: float = 0.0,
         curriculum: Curriculum,
         optimizer_name: str = "adamw",
         **kwargs: Any,
@@ -51,8 +67,9 @@ class NeedleTrainer(Trainer):
         super().__init__(**kwargs)
         self.optimizer_name = optimizer_name
         self.text_loss_weight = text_loss_weight
+        self.first_token_weight = first_token_weight
         self.curriculum = curriculum
-        self._sums = {"answer_loss": 0.0, "text_loss": 0.0}
+        self._sums = dict.fromkeys(("answer_loss", "first_token_loss", "text_loss"), 0.0)
         self._count = 0
 
     def compute_loss(
@@ -62,18 +79,22 @@ class NeedleTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Answer loss and weighted text loss; the curriculum hears of the first."""
+        """The weighted losses; the curriculum hears of that of the answers."""
         outputs = model(input_ids=inputs["input_ids"])
-        answer, text = needle_losses(outputs.logits, inputs)
-        self.curriculum.observe(int(inputs["step"]), float(answer.detach()))
-        self._sums["answer_loss"] += float(answer.detach())
-        self._sums["text_loss"] += float(text.detach())
+        losses = needle_losses(outputs.logits, inputs)
+        self.curriculum.observe(int(inputs["step"]), float(losses.answer.detach()))
+        for name, value in zip(self._sums, losses, strict=True):
+            self._sums[name] += float(value.detach())
         self._count += 1
-        loss = answer + self.text_loss_weight * text
+        loss = (
+            losses.answer
+            + self.first_token_weight * losses.first
+            + self.text_loss_weight * losses.text
+        )
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the two losses and the row length to what is logged."""
+        """Add the losses and the row length to what is logged."""
         if "loss" in logs and self._count:
             logs.update({key: value / self._count for key, value in self._sums.items()})
             logs["length"] = self.curriculum.stage_at(self.state.global_step - 1).length
