@@ -14,6 +14,7 @@ from drt.evaluation import comparison, figure, report
 from drt.evaluation.inspection import inspect_question
 from drt.evaluation.memory import life_peak_rss
 from drt.modeling import DRTForCausalLM
+from drt.precision import autocast, uses_bfloat16
 from drt.training import RunConfig, train
 from drt.training.run import CONFIG_FILE, FINAL_FOLDER, check_same_run
 
@@ -48,9 +49,10 @@ def run_demo(
     records: dict[str, Any] = {}
     for name, model in models.items():
         begun = time.perf_counter()
-        scores = comparison.score_by_length(
-            model, corpus, main.evaluation, title=f"evaluate {name}"
-        )
+        with autocast(main.precision, model.device):
+            scores = comparison.score_by_length(
+                model, corpus, main.evaluation, title=f"evaluate {name}"
+            )
         seconds[f"evaluate_{name}"] = time.perf_counter() - begun
         records[name] = {"parameters": model.num_parameters(), **comparison.as_records(scores)}
     seconds["total"] = time.perf_counter() - started
@@ -60,6 +62,7 @@ def run_demo(
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "peak_rss_bytes": life_peak_rss(),
         "models": records,
+        "precision": "bfloat16" if uses_bfloat16(main.precision) else "float32",
         "hardware": hardware.describe(),
     }
     _write(results, models[DRT], corpus, main, output_dir)

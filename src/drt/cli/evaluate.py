@@ -30,15 +30,18 @@ def run(options: argparse.Namespace) -> None:
     from drt.data import load_corpus, load_tokenizer
     from drt.evaluation import comparison
     from drt.modeling import DRTForCausalLM
+    from drt.precision import autocast
 
     folder = _model_folder(options.checkpoint)
     config = _run_config(folder)
     model = DRTForCausalLM.from_pretrained(folder)
     corpus = load_corpus(options.corpus or config.corpus, load_tokenizer(str(folder)))
     tasks = comparison.TASKS if options.task == "all" else (options.task,)
-    scores = comparison.score_by_length(
-        model, corpus, _evaluation(options, config.evaluation), title="evaluate", tasks=tasks
-    )
+    evaluation = _evaluation(options, config.evaluation)
+    with autocast(config.precision, model.device):
+        scores = comparison.score_by_length(
+            model, corpus, evaluation, title="evaluate", tasks=tasks
+        )
     record = {"parameters": model.num_parameters(), **comparison.as_records(scores)}
     print(comparison.format_table({folder.parent.name or folder.name: record}))
     if options.json:

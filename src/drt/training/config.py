@@ -62,8 +62,6 @@ class TrainingConfig:
     """Weight of the mean loss on haystack tokens beside that on answer tokens."""
     first_token_weight: float = 0.0
     """Weight of the mean loss on the first token of each answer, beside that on all of them."""
-    bf16: bool = False
-    """Whether to train under bfloat16 autocast."""
     gradient_checkpointing: bool = False
     """Whether to recompute layers in backward instead of keeping their activations."""
     log_every: int = 25
@@ -118,6 +116,8 @@ class RunConfig:
     """Haystack text; None = the prose and code of the Python installation."""
     seed: int = 0
     """Seed of initialization, data and noise."""
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"
+    """Of matrix products in training and evaluation; auto = bfloat16 where it is native."""
 
     def __post_init__(self) -> None:
         if not self.stages:

@@ -10,6 +10,7 @@ from transformers.training_args import TrainingArguments
 
 from drt.data import Corpus
 from drt.evaluation.needles import evaluate_needles
+from drt.precision import autocast
 from drt.training.config import RunConfig
 
 # Enough to see a trend; the evaluation proper comes after training.
@@ -34,14 +35,15 @@ class NeedleEvaluation(TrainerCallback):
         model: Any = self.trainer.model
         evaluation, scores = self.config.evaluation, {}
         for name, task in (("single", evaluation.single), ("multi", evaluation.multi)):
-            score = evaluate_needles(
-                model,
-                self.corpus,
-                task=task,
-                length=self.config.train_length,
-                num_questions=QUESTIONS,
-                seed=evaluation.seed + 1,
-            )
+            with autocast(self.config.precision, model.device):
+                score = evaluate_needles(
+                    model,
+                    self.corpus,
+                    task=task,
+                    length=self.config.train_length,
+                    num_questions=QUESTIONS,
+                    seed=evaluation.seed + 1,
+                )
             scores[f"{name}_exact_match"] = score.exact_match
         model.train()
         self.trainer.log(scores)

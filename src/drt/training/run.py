@@ -14,6 +14,7 @@ from transformers.training_args import TrainingArguments
 from drt.configuration import DRTConfig
 from drt.data import Corpus, load_corpus, load_tokenizer
 from drt.modeling import DRTForCausalLM
+from drt.precision import uses_bfloat16
 from drt.training.config import RunConfig, load_config, save_config
 from drt.training.curriculum import Curriculum, NeedleBatches
 from drt.training.evaluate import NeedleEvaluation
@@ -151,7 +152,7 @@ def _arguments(config: RunConfig) -> TrainingArguments:
         adam_beta2=training.adam_beta2,
         max_grad_norm=training.max_grad_norm,
         optim="adamw_torch_fused",
-        bf16=training.bf16,
+        bf16=uses_bfloat16(config.precision),
         logging_steps=training.log_every,
         save_steps=training.save_every,
         save_total_limit=2,

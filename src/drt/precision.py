@@ -1,0 +1,28 @@
+"""In which precision to multiply: float32, bfloat16 under autocast, or what is native here."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Literal
+
+import torch
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+def uses_bfloat16(precision: Precision) -> bool:
+    """Whether a choice means bfloat16 here.
+
+    "auto" does where a GPU or the processor multiplies bfloat16 natively; elsewhere bfloat16 is
+    emulated and slower than float32. Weights, norms, softmax and sums are float32 in any case.
+    """
+    if precision != "auto":
+        return precision == "bfloat16"
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager:
+    """The context in which to run a model."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bfloat16(precision))
