@@ -65,6 +65,13 @@ def test_train_then_eval(config: Path, tmp_path: Path, capsys: Any) -> None:
     assert record["single"][0]["n"] == record["multi"][0]["n"] == 2
 
 
+def test_bfloat16_from_training_to_evaluation(config: Path, tmp_path: Path, capsys: Any) -> None:
+    folder = tmp_path / "low"
+    assert main(["train", str(config), f"output_dir={folder}", "precision=bfloat16"]) == 0
+    assert main(["eval", str(folder), "--lengths", "256", "--questions", "2"]) == 0
+    assert "exact match" in capsys.readouterr().out
+
+
 def test_demo_writes_results_figure_and_report(
     config: Path, baseline: Path, tmp_path: Path, capsys: Any
 ) -> None:
