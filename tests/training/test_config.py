@@ -4,8 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from drt import DRTForCausalLM
 from drt.configuration import DRTConfig
 from drt.data import byte_tokenizer
 from drt.training import RunConfig, load_config, save_config
@@ -18,8 +20,18 @@ DEMO = CONFIGS / "demo.yaml"
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_config_builds(path: Path) -> None:
     config = load_config(path)
-    made = DRTConfig(**{"vocab_size": 258, **config.model})
-    assert all(stage.length % made.chunk_size == 0 for stage in config.stages)
+    with torch.device("meta"):
+        model = DRTForCausalLM(DRTConfig(**{"vocab_size": 258, **config.model}))
+    assert all(stage.length % model.config.chunk_size == 0 for stage in config.stages)
+
+
+def test_the_papers_model_has_the_papers_choices() -> None:
+    config = DRTConfig(**load_config(CONFIGS / "paper-128m.yaml").model)
+    assert config.retrieval_onset == "chunk"
+    assert config.position_embedding == "alibi"
+    assert config.softmax_plus_one
+    assert (config.chunk_size, config.sliding_window, config.retrieval_topk) == (64, 512, 8)
+    assert (config.num_lower_layers, config.num_upper_layers) == (6, 6)
 
 
 def test_the_baseline_has_the_size_and_budget_of_the_demo() -> None:
