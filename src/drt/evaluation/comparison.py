@@ -9,7 +9,7 @@ from tqdm import tqdm
 from drt.data import Corpus, NeedleTask
 from drt.evaluation.needles import NeedleScore, evaluate_needles
 from drt.modeling import DRTForCausalLM
-from drt.training.config import EvaluationConfig
+from drt.run_config import EvaluationConfig
 
 TASKS = ("single", "multi")
 

@@ -1,6 +1,6 @@
 """Training: run configurations, the curriculum, and the wiring of transformers' Trainer."""
 
-from drt.training.config import (
+from drt.run_config import (
     EvaluationConfig,
     RunConfig,
     Stage,

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from drt.configuration import DRTConfig
 from drt.data import Corpus, batch
-from drt.training.config import RunConfig, Stage
+from drt.run_config import RunConfig, Stage
 
 # Batches are made ahead of the step they are for: a new stage begins this many steps later, so
 # that a batch never depends on how far ahead it was made. Resuming is exact because of it.

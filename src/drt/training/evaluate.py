@@ -11,7 +11,7 @@ from transformers.training_args import TrainingArguments
 from drt.data import Corpus
 from drt.evaluation.needles import evaluate_needles
 from drt.precision import autocast
-from drt.training.config import RunConfig
+from drt.run_config import RunConfig
 
 # Enough to see a trend; the evaluation proper comes after training.
 QUESTIONS = 16

@@ -13,7 +13,7 @@ from drt.data import byte_tokenizer
 from drt.training import RunConfig, load_config, save_config
 from drt.training.run import build_model
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[1] / "configs"
 DEMO = CONFIGS / "demo.yaml"
 
 
