@@ -16,7 +16,13 @@ from drt.evaluation.memory import life_peak_rss
 from drt.modeling import DRTForCausalLM
 from drt.precision import autocast, uses_bfloat16
 from drt.training import RunConfig, train
-from drt.training.run import CONFIG_FILE, FINAL_FOLDER, check_same_run
+from drt.training.run import (
+    CONFIG_FILE,
+    FINAL_FOLDER,
+    check_same_run,
+    is_finished,
+    training_seconds,
+)
 
 DRT, BASELINE = "drt", "baseline"
 INSPECTED_LENGTH = 65536
@@ -55,7 +61,8 @@ def run_demo(
             )
         seconds[f"evaluate_{name}"] = time.perf_counter() - begun
         records[name] = {"parameters": model.num_parameters(), **comparison.as_records(scores)}
-    seconds["total"] = time.perf_counter() - started
+    # Training that an earlier call finished counts too.
+    seconds["total"] = max(time.perf_counter() - started, sum(seconds.values()))
     results = {
         "train_length": main.train_length,
         "seed": main.seed,
@@ -74,22 +81,14 @@ def _trained(
 ) -> tuple[DRTForCausalLM, float]:
     """The model of a run and the seconds its training took, trained now unless it is there."""
     folder = Path(config.output_dir)
-    timing = folder / "seconds.json"
-    final = folder / FINAL_FOLDER
-    if overwrite or not timing.is_file():
-        begun = time.perf_counter()
-        final = train(
-            config,
-            resume=not overwrite and (folder / CONFIG_FILE).is_file(),
-            overwrite=overwrite,
-            title=f"train {name}",
-            corpus=corpus,
-        )
-        timing.write_text(json.dumps(time.perf_counter() - begun))
-    else:
+    if is_finished(folder) and not overwrite:
         check_same_run(folder, config)
         print(f"{folder} holds a trained model: using it; --overwrite trains anew")
-    return DRTForCausalLM.from_pretrained(final), json.loads(timing.read_text())
+    else:
+        resume = not overwrite and (folder / CONFIG_FILE).is_file()
+        train(config, resume=resume, overwrite=overwrite, title=f"train {name}", corpus=corpus)
+    model = DRTForCausalLM.from_pretrained(folder / FINAL_FOLDER)
+    return model, training_seconds(folder)
 
 
 def _write(

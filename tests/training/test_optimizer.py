@@ -46,6 +46,7 @@ def test_a_scheduler_reaches_both_parts_also_after_loading() -> None:
     optimizer = made(DRTForCausalLM(tiny_config()))
     optimizer.load_state_dict(optimizer.state_dict())
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    optimizer.step()
     scheduler.step()
     rates = [g["lr"] for part in (optimizer.muon, optimizer.adamw) for g in part.param_groups]
     assert rates == [0.05] * len(rates)

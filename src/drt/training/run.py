@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from drt.training.trainer import (
 
 CONFIG_FILE = "run.yaml"
 FINAL_FOLDER = "model"
+METRICS_FILE = "metrics.jsonl"
 
 
 def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> DRTForCausalLM:
@@ -96,11 +98,25 @@ def train(
     if checkpoint is not None:
         curriculum.load(checkpoint / CURRICULUM_FILE)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    final = folder / FINAL_FOLDER
-    model.save_pretrained(final)
-    tokenizer.save_pretrained(final)
-    save_config(config, final / CONFIG_FILE)
+    final, partial = folder / FINAL_FOLDER, folder / f"{FINAL_FOLDER}.partial"
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    save_config(config, partial / CONFIG_FILE)
+    # Renamed when it is whole: a folder of this name is a finished run.
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
     return final
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run in this folder was trained to its end."""
+    return (folder / FINAL_FOLDER / CONFIG_FILE).is_file()
+
+
+def training_seconds(folder: Path) -> float:
+    """Wall seconds that the run in this folder has trained, over all its restarts."""
+    lines = (folder / METRICS_FILE).read_text().splitlines()
+    return json.loads(lines[-1])["seconds"]
 
 
 def _only(items: list[dict[str, Any]]) -> dict[str, Any]:
@@ -172,7 +188,7 @@ def _replace_callbacks(
 
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(NeedleProgress(title))
-    trainer.add_callback(MetricsFile(Path(config.output_dir) / "metrics.jsonl"))
+    trainer.add_callback(MetricsFile(Path(config.output_dir) / METRICS_FILE))
     trainer.add_callback(CurriculumCheckpoint(trainer.curriculum))
     if config.training.evaluate_every:
         trainer.add_callback(NeedleEvaluation(trainer, config, corpus))

@@ -127,18 +127,19 @@ class MetricsFile(TrainerCallback):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.started = time.monotonic()
+        self.started = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Drop lines of steps that a resumed run will take again."""
-        kept = []
+        kept: list[str] = []
         if self.path.is_file() and state.global_step:
             lines = self.path.read_text().splitlines()
             kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
         self.path.write_text("".join(line + "\n" for line in kept))
-        self.started = time.monotonic()
+        before = json.loads(kept[-1])["seconds"] if kept else 0.0
+        self.started = time.monotonic() - before
 
     def on_log(
         self,
@@ -148,7 +149,7 @@ class MetricsFile(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """Write one line: the step, what was logged, and seconds since the run (re)started."""
+        """Write one line: the step, what was logged, and seconds trained over all restarts."""
         if not logs or "train_runtime" in logs:
             return
         seconds = round(time.monotonic() - self.started, 2)
