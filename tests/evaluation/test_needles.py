@@ -120,4 +120,5 @@ def test_peak_memory_sees_an_allocation() -> None:
     del block
     reset_peak_rss()
     assert peak_rss() < highest - (100 << 20)
-    assert life_peak_rss() >= highest
+    # The kernel counts pages in batches, so two readings may differ by some of them.
+    assert life_peak_rss() >= highest - (4 << 20)
