@@ -94,6 +94,13 @@ def test_an_earlier_run_is_not_overwritten_by_accident(run_config: RunConfig) ->
     train(replace(short, seed=5), overwrite=True)
 
 
+def test_a_run_that_cannot_begin_leaves_nothing(run_config: RunConfig) -> None:
+    wrong = replace(run_config, model={**run_config.model, "retrieval_topk": 0})
+    with pytest.raises(ValueError, match="retrieval_topk"):
+        train(wrong)
+    assert not Path(run_config.output_dir).exists()
+
+
 def test_a_folder_of_other_things_is_left_alone(run_config: RunConfig) -> None:
     folder = Path(run_config.output_dir)
     folder.mkdir()

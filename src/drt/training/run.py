@@ -75,10 +75,15 @@ def train(
             the run to resume had another configuration.
     """
     folder = Path(config.output_dir)
-    _prepare_folder(folder, config, resume=resume, overwrite=overwrite)
+    _check_folder(folder, config, resume=resume, overwrite=overwrite)
     tokenizer = load_tokenizer(config.tokenizer)
     corpus = corpus or load_corpus(config.corpus, tokenizer)
     model = build_model(config, tokenizer)
+    # Only now that the run can begin is anything removed or written.
+    if overwrite:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_config(config, folder / CONFIG_FILE)
     if config.training.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     curriculum = Curriculum(config.stages)
@@ -124,21 +129,17 @@ def _only(items: list[dict[str, Any]]) -> dict[str, Any]:
     return item
 
 
-def _prepare_folder(folder: Path, config: RunConfig, *, resume: bool, overwrite: bool) -> None:
-    """Make the folder of a run; never mix two runs in one."""
-    file = folder / CONFIG_FILE
-    if overwrite and file.is_file():
-        shutil.rmtree(folder)
-    if file.is_file():
-        if not resume:
+def _check_folder(folder: Path, config: RunConfig, *, resume: bool, overwrite: bool) -> None:
+    """Refuse a folder that holds another run, or anything else."""
+    if (folder / CONFIG_FILE).is_file():
+        if not (resume or overwrite):
             raise ValueError(
                 f"{folder} holds an earlier run: resume it, overwrite it or choose another folder"
             )
-        check_same_run(folder, config)
+        if not overwrite:
+            check_same_run(folder, config)
     elif folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no run of this program")
-    folder.mkdir(parents=True, exist_ok=True)
-    save_config(config, file)
 
 
 def check_same_run(folder: Path, config: RunConfig) -> None:
