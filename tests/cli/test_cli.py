@@ -58,6 +58,9 @@ def test_train_then_eval(config: Path, tmp_path: Path, capsys: Any) -> None:
     assert main(["train", str(config), "--resume"]) == 0
     scores = tmp_path / "scores.json"
     arguments = ["eval", str(tmp_path / "run"), "--lengths", "256", "--questions", "2"]
+    for task in ("single", "multi"):
+        assert main([*arguments, "--task", task]) == 0
+        assert f"{task}  " in capsys.readouterr().out
     assert main([*arguments, "--json", str(scores)]) == 0
     assert "exact match" in capsys.readouterr().out
     record = json.loads(scores.read_text())

@@ -43,9 +43,9 @@ def run(options: argparse.Namespace) -> None:
             model, corpus, evaluation, title="evaluate", tasks=tasks
         )
     record = {"parameters": model.num_parameters(), **comparison.as_records(scores)}
-    print(comparison.format_table({folder.parent.name or folder.name: record}))
     if options.json:
         options.json.write_text(json.dumps(record, indent=2) + "\n")
+    print(comparison.format_table({folder.parent.name or folder.name: record}))
 
 
 def _model_folder(folder: Path) -> Path:

@@ -74,13 +74,18 @@ def format_table(models: dict[str, dict[str, Any]]) -> str:
         models: name -> record with "single" and "multi" lists, as in results.json.
     """
     lengths = sorted(
-        {row["length"] for model in models.values() for task in TASKS for row in model[task]}
+        {
+            row["length"]
+            for model in models.values()
+            for task in TASKS
+            for row in model.get(task, [])
+        }
     )
     head = f"{'model':<10} {'task':<7} {'figure':<12}" + "".join(f"{n:>10,}" for n in lengths)
     lines = [head, "-" * len(head)]
     for name, model in models.items():
         for task in TASKS:
-            rows = {row["length"]: row for row in model[task]}
+            rows = {row["length"]: row for row in model.get(task, [])}
             for figure, label in (("exact_match", "exact match"), ("recall", "recall@K")):
                 values = [rows[n][figure] if n in rows else None for n in lengths]
                 if any(value is not None for value in values):
