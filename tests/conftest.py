@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,3 +25,19 @@ def real_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("DRT_DATA does not name a folder of corpora")
     return Path(folder)
+
+
+@pytest.fixture
+def small_model() -> dict[str, Any]:
+    """The `model` part of a run configuration that trains in seconds."""
+    return {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_encoder_layers": 1,
+        "retrieval_groups": [1],
+        "retrieval_topk": 2,
+        "chunk_size": 16,
+        "sliding_window": 16,
+    }

@@ -10,24 +10,13 @@ import yaml
 from drt.cli.main import main
 
 TASK = {"kind": "single", "num_questions": 1, "num_digits": 2}
-MODEL = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_encoder_layers": 1,
-    "retrieval_groups": [1],
-    "retrieval_topk": 2,
-    "chunk_size": 16,
-    "sliding_window": 16,
-}
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Path:
+def config(tmp_path: Path, small_model: dict[str, Any]) -> Path:
     data = {
         "output_dir": str(tmp_path / "run"),
-        "model": MODEL,
+        "model": small_model,
         "training": {"num_steps": 4, "tokens_per_step": 128, "evaluate_every": 2},
         "stages": [{"length": 128, "tasks": [{"task": TASK}]}],
         "evaluation": {

@@ -1,4 +1,4 @@
-"""A run small enough for a test: two stages, 24 steps, a few seconds."""
+"""A run small enough for a test: two stages, 60 steps, a few seconds."""
 
 from pathlib import Path
 from typing import Any
@@ -9,22 +9,12 @@ import yaml
 from drt.training import RunConfig, load_config
 
 
-def small_run(folder: Path, **training: Any) -> RunConfig:
+def small_run(folder: Path, model: dict[str, Any]) -> RunConfig:
     """A tiny model on short rows; the second stage begins as soon as it may."""
     task = {"kind": "single", "num_questions": 1, "num_digits": 2}
     data = {
         "output_dir": str(folder),
-        "model": {
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_encoder_layers": 1,
-            "retrieval_groups": [1],
-            "retrieval_topk": 2,
-            "chunk_size": 16,
-            "sliding_window": 16,
-        },
+        "model": model,
         "training": {
             "num_steps": 60,
             "tokens_per_step": 256,
@@ -32,7 +22,6 @@ def small_run(folder: Path, **training: Any) -> RunConfig:
             "log_every": 1,
             "save_every": 10,
             "evaluate_every": 0,
-            **training,
         },
         "stages": [
             {"length": 128, "advance_below": 100.0, "tasks": [{"task": task}]},
@@ -50,5 +39,5 @@ def small_run(folder: Path, **training: Any) -> RunConfig:
 
 
 @pytest.fixture
-def run_config(tmp_path: Path) -> RunConfig:
-    return small_run(tmp_path / "run")
+def run_config(tmp_path: Path, small_model: dict[str, Any]) -> RunConfig:
+    return small_run(tmp_path / "run", small_model)

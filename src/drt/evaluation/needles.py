@@ -72,11 +72,11 @@ def ask(model: DRTForCausalLM, state: DRTState, question: NeedleQuestion) -> Ans
     ids = torch.as_tensor(question.input_ids, device=model.device)[None]
     out = model(ids, past_key_values=branch, logits_to_keep=1, output_retrievals=True)
     retrievals = tuple(Retrieval(*(part[:, -1:] for part in r)) for r in out.retrievals or ())
-    said: list[int] = []
-    for _ in question.answer_ids:
-        token = out.logits[:, -1].argmax(-1)
-        said.append(int(token))
-        out = model(token[None], past_key_values=branch, logits_to_keep=1)
+    said = [int(out.logits[0, -1].argmax())]
+    while len(said) < len(question.answer_ids):
+        token = ids.new_tensor([said[-1:]])
+        out = model(token, past_key_values=branch, logits_to_keep=1)
+        said.append(int(out.logits[0, -1].argmax()))
     needed = set(question.needle_chunks)
     found = [needed <= set(r.indices.flatten().tolist()) for r in retrievals]
     right = score_answer(said, question.answer_ids.tolist())
