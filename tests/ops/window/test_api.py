@@ -80,6 +80,30 @@ def test_wrong_slopes_are_refused(slopes: Tensor, message: str) -> None:
         sliding_window_attention(*inputs(), window=2, alibi_slopes=slopes)
 
 
+@pytest.mark.parametrize(
+    ("first_keys", "message"),
+    [
+        (torch.zeros(2, 9).long(), r"\(B, T\) = \(2, 6\); got torch.int64 \(2, 9\)"),
+        (torch.zeros(6).long(), r"\(6,\)"),
+        (torch.zeros(2, 6).int(), "torch.int32"),
+        (torch.zeros(2, 6, device="meta").long(), "on meta, query on cpu"),
+        (torch.full((2, 6), 9), r"in \[0, 8\]; got values in \[9, 9\]"),
+        (torch.tensor([2 * [-1, 0, 2], 6 * [3]]), r"got values in \[-1, 3\]"),
+    ],
+)
+def test_wrong_first_keys_are_refused(first_keys: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sliding_window_attention(*inputs(), window=2, first_keys=first_keys)
+
+
+@pytest.mark.parametrize("window", [2, 9])
+def test_first_keys_without_numbers_are_not_read(window: int) -> None:
+    tensors = [x.to("meta") for x in inputs()]
+    first_keys = torch.zeros(2, 6, dtype=torch.int64, device="meta")
+    out = sliding_window_attention(*tensors, window=window, first_keys=first_keys)
+    assert out.shape == (2, 6, 4, 5)
+
+
 def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"'flash' does not exist.*banded.*reference"):
         sliding_window_attention(*inputs(), window=2, backend="flash")
@@ -137,10 +161,18 @@ def test_no_queries_and_no_rows_give_empty_outputs_and_zero_gradients(
     backend: str, batch: int, queries: int, keys: int
 ) -> None:
     tensors = [x.requires_grad_() for x in inputs(batch, queries, keys)]
-    out = sliding_window_attention(*tensors, window=3, backend=backend)
-    assert out.shape == (batch, queries, 4, 5)
-    for tensor, grad in zip(tensors, torch.autograd.grad(out.sum(), tensors), strict=True):
-        assert torch.equal(grad, torch.zeros_like(tensor))
+    for first_keys in (None, torch.zeros(batch, queries, dtype=torch.int64)):
+        out = sliding_window_attention(*tensors, window=3, first_keys=first_keys, backend=backend)
+        assert out.shape == (batch, queries, 4, 5)
+        for tensor, grad in zip(tensors, torch.autograd.grad(out.sum(), tensors), strict=True):
+            assert torch.equal(grad, torch.zeros_like(tensor))
+        with torch.no_grad():
+            assert torch.equal(
+                sliding_window_attention(
+                    *tensors, window=3, first_keys=first_keys, backend=backend
+                ),
+                out,
+            )
 
 
 @both

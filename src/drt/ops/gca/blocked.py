@@ -1,7 +1,8 @@
 """Grouped cross-attention on CPU: a few chunks at a time, so that every temporary stays in cache.
 
 This file is the autograd function, `blocks.py` the arithmetic of a block, `slots.py` what a block
-reads. Only the inputs are kept for the backward.
+reads; `decode.py` is a shorter way for a few queries without gradient. Only the inputs are kept for
+the backward.
 """
 
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from drt.ops.gca.blocks import BlockedPass, Gradients, Options, accumulation_dtype
+from drt.ops.gca.decode import attend_in_order, lies_in_order
 
 # Bytes of the float32 accumulators for the gradients of a lower-precision memory; a memory that
 # needs more is taken through the backward a few heads at a time.
@@ -34,6 +36,11 @@ def blocked(
     softmax and the accumulation of gradients are float32 (float64 for float64 inputs).
     """
     options = Options(scale, softmax_plus_one)
+    inputs = (query, key, value, weights)
+    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    has_work = _has_work(query, key, indices)
+    if has_work and not wants_grad and lies_in_order(query, key, value, indices, key_lengths):
+        return attend_in_order(query, key, value, weights, key_lengths, options)
     return _Blocked.apply(  # pyright: ignore[reportReturnType]
         query, key, value, indices, weights, key_lengths, options
     )

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from drt.ops.window.banded import banded_window_attention
+from drt.ops.window.plan import can_read
 from drt.ops.window.reference import reference_window_attention
 
 BACKENDS = {"banded": banded_window_attention, "reference": reference_window_attention}
@@ -16,13 +17,15 @@ def sliding_window_attention(
     value: Tensor,
     *,
     window: int,
+    first_keys: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Attend from each position to itself and the `window - 1` positions before it.
 
-    The query at key position p sees the keys j with p - window < j <= p:
+    The query at key position p sees the keys j with p - window < j <= p, and with `first_keys` f
+    only those with j >= min(f_p, p):
 
         out_p = sum_j softmax_j(scale * <q_p, k_j> - slope_h * (p - j)) v_j
 
@@ -34,6 +37,11 @@ def sliding_window_attention(
         key: (B, N, G, D) with N >= T and H a multiple of G; dtype and device of `query`.
         value: as `key`.
         window: width in positions, at least 1; 1 means that a position sees only itself.
+        first_keys: (B, T) int64 in [0, N), device of `query`: the first of the N keys that a query
+            may see, for rows whose keys begin with unused places and for documents packed into
+            one row. A query always sees at least its own key: a first key after that counts as
+            that. Hidden keys and values may hold any finite numbers, and get no gradient. None
+            means 0 throughout.
         alibi_slopes: (H,) floating point, without gradient: the score falls by this much for
             each position of distance. None means no such bias.
         scale: factor of the dot products; D ** -0.5 when None.
@@ -44,26 +52,33 @@ def sliding_window_attention(
         (B, T, H, D), contiguous, dtype of `query`.
 
     Raises:
-        ValueError: if a shape, dtype, device, the window or the backend is not as above.
+        ValueError: if a shape, dtype, device, the window or the backend is not as above, and for
+            first keys out of range on CPU; elsewhere, where reading them would make the host wait,
+            such first keys count as the nearest that is in range.
     """
     _check_shapes(query, key, value)
     _check_kinds(query, key, value)
     if window < 1:
         raise ValueError(f"window is {window}; it must be at least 1 position")
+    if first_keys is not None:
+        _check_first_keys(first_keys, query, key)
     if alibi_slopes is not None:
         _check_slopes(alibi_slopes, query)
     name = "banded" if backend is None else backend
     if name not in BACKENDS:
         raise ValueError(f"backend {name!r} does not exist; there are {sorted(BACKENDS)}")
     reach = query.shape[1] + window - 1
-    if key.shape[1] > reach:
-        first = key.shape[1] - reach
-        key, value = key[:, first:], value[:, first:]
+    dropped = max(key.shape[1] - reach, 0)
+    if dropped:
+        key, value = key[:, dropped:], value[:, dropped:]
+    if first_keys is not None:
+        first_keys = _renumber(first_keys, dropped=dropped, kept=key.shape[1])
     return BACKENDS[name](
         query,
         key,
         value,
         window=window,
+        first_keys=first_keys,
         alibi_slopes=alibi_slopes,
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
     )
@@ -96,6 +111,31 @@ def _check_kinds(query: Tensor, key: Tensor, value: Tensor) -> None:
             "query, key and value must be on one device;"
             f" got {query.device}, {key.device}, {value.device}"
         )
+
+
+def _check_first_keys(first_keys: Tensor, query: Tensor, key: Tensor) -> None:
+    if first_keys.shape != query.shape[:2] or first_keys.dtype != torch.int64:
+        raise ValueError(
+            f"first_keys must be int64 of shape (B, T) = {tuple(query.shape[:2])};"
+            f" got {first_keys.dtype} {tuple(first_keys.shape)}"
+        )
+    if first_keys.device != query.device:
+        raise ValueError(f"first_keys are on {first_keys.device}, query on {query.device}")
+    if first_keys.numel() == 0 or not can_read(first_keys):
+        return
+    lowest, highest = (int(x) for x in torch.aminmax(first_keys))
+    if lowest < 0 or highest >= key.shape[1]:
+        raise ValueError(
+            f"first_keys must be in [0, {key.shape[1] - 1}]; got values in [{lowest}, {highest}]"
+        )
+
+
+def _renumber(first_keys: Tensor, *, dropped: int, kept: int) -> Tensor | None:
+    """First keys among those kept, none of them after the key of the query itself."""
+    if first_keys.numel() == 0:
+        return None
+    own = torch.arange(kept - first_keys.shape[1], kept, device=first_keys.device)
+    return torch.minimum((first_keys - dropped).clamp_(min=0), own)
 
 
 def _check_slopes(alibi_slopes: Tensor, query: Tensor) -> None:

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from drt.ops.window.plan import Band, Block, Plan, blocks, compute_dtype, make_plan, parts
+from drt.ops.window.plan import (
+    Band,
+    Block,
+    Plan,
+    blocks,
+    compute_dtype,
+    hidden_keys,
+    make_plan,
+    parts,
+)
 
 _softmax_backward = torch.ops.aten._softmax_backward_data.default
 
@@ -26,6 +35,7 @@ def banded_window_attention(
     value: Tensor,
     *,
     window: int,
+    first_keys: Tensor | None,
     alibi_slopes: Tensor | None,
     scale: float,
 ) -> Tensor:
@@ -33,9 +43,11 @@ def banded_window_attention(
 
     Scores of float16 and bfloat16 inputs are summed in float32 and rounded once to the input dtype
     before the softmax, which is float32 inside. Key and value gradients are summed over blocks in
-    float32 (float64 for float64 inputs). Differentiable once.
+    float32 (float64 for float64 inputs). Of `first_keys`, none is after the query's own key; only
+    blocks in which they hide a key pay for them (all blocks, where the host cannot read them).
+    Differentiable once.
     """
-    band = Band(window, scale, alibi_slopes)
+    band = Band(window, scale, alibi_slopes, first_keys)
     wants_grad = query.requires_grad or key.requires_grad or value.requires_grad
     if torch.is_grad_enabled() and wants_grad:
         return _BandedAttention.apply(query, key, value, band)
@@ -72,6 +84,8 @@ def _decode(query: Tensor, key: Tensor, value: Tensor, band: Band) -> Tensor:
     rows, keys, values = (_fold(x, kv_heads) for x in (query, key, value))
     scores = _product(rows, keys.mT, scale=band.scale)
     _add_band(scores.view(batch, kv_heads, num_queries, ratio, num_keys), band)
+    if band.first_keys is not None:
+        _hide(scores, hidden_keys(band.first_keys, 0, num_keys), float("-inf"))
     out = _empty(query)
     _unfold_into(out, _product(_softmax(scores), values), kv_heads)
     return out
@@ -125,13 +139,15 @@ def _backward_part(
     dq = None if grad_query is None else torch.empty_like(q)
     dk, dv = (None if x is None else _accumulator(k) for x in (grad_key, grad_value))
     for block in blocks(query, key, plan):
-        rows, keys, _ = block
+        rows, keys, _, hidden = block
         probs = _probabilities(q, k, block, plan.scale)
         if dv is not None:
             dv[:, keys] += _product(probs.mT, do[:, rows])
         if dq is None and dk is None:
             continue
         dp = _product(do[:, rows], v[:, keys].mT)
+        # Products with hidden values may overflow, and 0 * inf is not 0.
+        _hide(dp, hidden, 0.0)
         ds = _softmax_backward(dp, probs, -1, probs.dtype)
         if dq is not None:
             dq[:, rows] = _product(ds, k[:, keys], scale=plan.scale)
@@ -145,7 +161,20 @@ def _probabilities(queries: Tensor, keys: Tensor, block: Block, scale: float) ->
     rows, columns = queries[:, block.rows], keys[:, block.keys]
     scores = rows.new_empty(rows.shape[0], rows.shape[1], columns.shape[1])
     _per_row(scores, block.bias).copy_(block.bias)
-    return _softmax(scores.baddbmm_(rows, columns.mT, alpha=scale))
+    scores.baddbmm_(rows, columns.mT, alpha=scale)
+    # After the product, as hidden keys may make it overflow.
+    _hide(scores, block.hidden, float("-inf"))
+    return _softmax(scores)
+
+
+def _hide(scores: Tensor, hidden: Tensor | None, fill: float) -> None:
+    """Fill (X, n * R, N) scores where (B, n, m) is set for their first m columns, in place."""
+    if hidden is None:
+        return
+    batch, num_queries, num_columns = hidden.shape
+    (heads, num_rows, _), ratio = scores.shape, scores.shape[1] // num_queries
+    per_row = scores.view(batch, heads // batch, num_rows // ratio, ratio, -1)
+    per_row[..., :num_columns].masked_fill_(hidden[:, None, :, None], fill)
 
 
 def _per_row(scores: Tensor, bias: Tensor) -> Tensor:

@@ -21,13 +21,16 @@ class Band(NamedTuple):
     window: int
     scale: float
     alibi_slopes: Tensor | None
+    first_keys: Tensor | None
+    """(B, T) in [0, p] for the query at key position p."""
 
 
 class Plan(NamedTuple):
     """How a call is computed: `block` queries at a time, `max_heads` of the X at a time.
 
     `bias` (G, block * R, halo + block) is added to the scores of a block and of the `halo` keys
-    before it; it is -inf where a query does not reach.
+    before it; it is -inf where a query does not reach. `first_keys` as in `Band`, of the rows of
+    a part.
     """
 
     block: int
@@ -35,14 +38,20 @@ class Plan(NamedTuple):
     max_heads: int
     scale: float
     bias: Tensor
+    first_keys: Tensor | None
 
 
 class Block(NamedTuple):
-    """One step: rows of the folded queries, the keys in their reach, and its part of the bias."""
+    """One step: rows of the folded queries, the keys in their reach, and its part of the bias.
+
+    `hidden` (B, n, m) bool says which of its first m keys lie before the first keys of its n
+    queries; None where none does.
+    """
 
     rows: slice
     keys: slice
     bias: Tensor
+    hidden: Tensor | None
 
 
 def make_plan(query: Tensor, key: Tensor, band: Band) -> Plan:
@@ -61,7 +70,8 @@ def make_plan(query: Tensor, key: Tensor, band: Band) -> Plan:
     halo = -(-min(band.window - 1, key.shape[1]) // _ALIGNMENT) * _ALIGNMENT
     head_bytes = ratio * block * (halo + block) * itemsize
     bias = _band_bias(query, kv_heads, band, block, halo)
-    return Plan(block, halo, max(1, tile_bytes // head_bytes), band.scale, bias)
+    max_heads = max(1, tile_bytes // head_bytes)
+    return Plan(block, halo, max_heads, band.scale, bias, band.first_keys)
 
 
 @torch.compiler.assume_constant_result
@@ -94,13 +104,12 @@ def parts(tensors: Sequence[Tensor | None], plan: Plan) -> Iterator[tuple[list[A
     row_step = _even_step(batch, plan.max_heads // kv_heads)
     head_step = _even_step(kv_heads, plan.max_heads)
     for row in range(0, batch, row_step):
+        rows = slice(row, row + row_step)
+        first_keys = None if plan.first_keys is None else plan.first_keys[rows]
         for first in range(0, kv_heads, head_step):
             last = min(first + head_step, kv_heads)
-            part = [
-                None if x is None else _take(x, slice(row, row + row_step), first, last, kv_heads)
-                for x in tensors
-            ]
-            yield part, plan._replace(bias=plan.bias[first:last])
+            part = [None if x is None else _take(x, rows, first, last, kv_heads) for x in tensors]
+            yield part, plan._replace(bias=plan.bias[first:last], first_keys=first_keys)
 
 
 def _take(x: Tensor, rows: slice, first: int, last: int, kv_heads: int) -> Tensor:
@@ -124,7 +133,27 @@ def blocks(query: Tensor, key: Tensor, plan: Plan) -> Iterator[Block]:
         origin = num_cached + first - plan.halo
         start, stop = max(origin, 0), num_cached + last
         bias = plan.bias[:, : (last - first) * ratio, start - origin : stop - origin]
-        yield Block(slice(first * ratio, last * ratio), slice(start, stop), bias)
+        first_keys = None if plan.first_keys is None else plan.first_keys[:, first:last]
+        hidden = None if first_keys is None else hidden_keys(first_keys, start, stop)
+        yield Block(slice(first * ratio, last * ratio), slice(start, stop), bias, hidden)
+
+
+def hidden_keys(first_keys: Tensor, start: int, stop: int) -> Tensor | None:
+    """Which of the keys from `start` on lie before the (B, n) first keys: `hidden` of `Block`.
+
+    First keys are below `stop`.
+    """
+    if can_read(first_keys):
+        # No key from the last first key on is hidden.
+        stop = int(first_keys.max())
+    if stop <= start:
+        return None
+    return torch.arange(start, stop, device=first_keys.device) < first_keys[..., None]
+
+
+def can_read(tensor: Tensor) -> bool:
+    """Whether the host can look at the numbers now: without waiting, or leaving a graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def compute_dtype(like: Tensor) -> torch.dtype:

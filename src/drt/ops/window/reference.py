@@ -10,10 +10,14 @@ def reference_window_attention(
     value: Tensor,
     *,
     window: int,
+    first_keys: Tensor | None,
     alibi_slopes: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """Attend with a (T, N) mask; scores and softmax are float32, or float64 for float64 inputs."""
+    """Attend with a dense mask; `first_keys` are none of them after the query's own key.
+
+    Scores and softmax are float32, or float64 for float64 inputs.
+    """
     compute = torch.float64 if query.dtype == torch.float64 else torch.float32
     ratio = query.shape[2] // key.shape[2]
     with torch.autocast(query.device.type, enabled=False):
@@ -25,5 +29,12 @@ def reference_window_attention(
         distance = position[num_keys - num_queries :, None] - position
         if alibi_slopes is not None:
             scores = scores - alibi_slopes.to(compute)[:, None, None] * distance
-        scores = scores.masked_fill((distance < 0) | (distance >= window), float("-inf"))
-        return torch.einsum("bhtn,bnhd->bthd", scores.softmax(-1), value).to(query.dtype)
+        hidden = (distance < 0) | (distance >= window)
+        if first_keys is not None:
+            # (B, 1, T, N)
+            hidden = hidden | (position < first_keys[:, None, :, None])
+        probs = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        if first_keys is not None:
+            # Changes no number, but keeps gradients with values that overflow out of the softmax.
+            probs = probs.masked_fill(hidden, 0.0)
+        return torch.einsum("bhtn,bnhd->bthd", probs, value).to(query.dtype)
