@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from drt import DRTForCausalLM, SlabMemory
+from drt import DeviceMemory, DRTForCausalLM
 from drt.testing import tiny_config
 
 
@@ -104,28 +104,12 @@ def test_every_parameter_gets_a_gradient(ids: torch.Tensor) -> None:
     assert missing == []
 
 
-def test_generate_is_the_argmax_of_the_full_forward(model: DRTForCausalLM) -> None:
-    ids = torch.randint(0, 61, (2, 45))
-    made = model.generate(ids, max_new_tokens=40, do_sample=False)
-    grown = ids
-    for _ in range(40):
-        grown = torch.cat([grown, model(grown).logits[:, -1:].argmax(-1)], dim=1)
-    assert torch.equal(made, grown)
-
-
 def test_right_padding_is_invisible(model: DRTForCausalLM, ids: torch.Tensor) -> None:
     mask = torch.ones_like(ids)
     mask[1, 100:] = 0
     padded = ids.masked_fill(mask == 0, 0)
     out = model(padded, attention_mask=mask).logits[1, :100]
     assert torch.allclose(out, model(ids[1:, :100]).logits[0], atol=1e-5)
-
-
-def test_several_sampled_continuations_of_one_prompt(model: DRTForCausalLM) -> None:
-    ids = torch.randint(0, 61, (2, 45))
-    made = model.generate(ids, max_new_tokens=9, do_sample=True, num_return_sequences=3)
-    assert made.shape == (6, 54)
-    assert torch.equal(made[:, :45], ids.repeat_interleave(3, dim=0))
 
 
 def test_retrievals_are_returned_when_asked_for(model: DRTForCausalLM, ids: torch.Tensor) -> None:
@@ -161,6 +145,43 @@ def test_the_noise_has_a_generator(ids: torch.Tensor) -> None:
     assert not torch.equal(chosen(1), chosen(2))
 
 
+def test_chunks_are_closed_early_at_random_in_training_only(ids: torch.Tensor) -> None:
+    model = DRTForCausalLM(tiny_config(early_close_rate=2.0)).train()
+
+    def num_chunks(seed: int, **kwargs: Any) -> int:
+        generator = torch.Generator().manual_seed(seed)
+        out = model(ids, output_retrievals=True, generator=generator, **kwargs)
+        return out.retrievals[0].indices.shape[1]
+
+    assert num_chunks(1) == num_chunks(1)
+    assert len({num_chunks(seed) for seed in range(8)}) > 1
+    # 257 tokens in chunks of 16; two early ends more in each make about three times as many.
+    assert num_chunks(1) > 24
+    assert num_chunks(1, past_key_values=model.new_state(2)) == 16
+    assert model.eval()(ids, output_retrievals=True).retrievals[0].indices.shape[1] == 16
+
+
+def test_gradients_flow_through_short_chunks(ids: torch.Tensor) -> None:
+    """The ragged layout against the grid: the same rows, once with a padded one beside them."""
+    model = DRTForCausalLM(tiny_config(retrieval_noise=0.0, landmark_size=8)).train()
+    grads = []
+    for ragged in (False, True):
+        model.zero_grad()
+        if ragged:
+            rows = torch.cat([ids, torch.zeros_like(ids[:1])])
+            mask = torch.ones_like(rows)
+            mask[2, 100:] = 0
+            labels = rows.clone()
+            labels[2] = -100
+            model(rows, attention_mask=mask, labels=labels).loss.backward()
+        else:
+            model(ids, labels=ids).loss.backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for grid, padded in zip(*grads, strict=True):
+        # Sums of some hundred float32 terms in another order.
+        assert torch.allclose(padded, grid, atol=1e-6, rtol=1e-4)
+
+
 def test_runs_in_bfloat16(ids: torch.Tensor) -> None:
     model = DRTForCausalLM(tiny_config()).bfloat16().eval()
     state = model.new_state(2)
@@ -176,8 +197,11 @@ def test_runs_in_bfloat16(ids: torch.Tensor) -> None:
     [
         ({"input_ids": None}, "exactly one of input_ids and inputs_embeds"),
         ({"past_key_values": object()}, "must be a DRTState, got object"),
-        ({"attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]])}, "only right padding"),
-        ({"attention_mask": torch.zeros(2, 1, 3, 3)}, r"must be \(B, T\), got shape"),
+        ({"attention_mask": torch.ones(2, 2)}, "has 2 columns, the input has 3"),
+        ({"attention_mask": torch.ones(1, 3)}, r"must be \(B, T\) = \(2, 3\)"),
+        ({"chunk_ends": torch.zeros(2, 3)}, "chunk_ends must be bool, got torch.float32"),
+        ({"document_ids": torch.zeros(2, 4)}, r"document_ids must be .*got \(2, 4\)"),
+        ({"attention_mask": torch.zeros(2, 1, 3, 3)}, r"must be \(B, T\) = .*got shape"),
         ({"output_attentions": True}, "does not know the arguments.*output_attentions"),
         ({"window": 3}, "does not know the arguments.*window"),
     ],
@@ -188,30 +212,26 @@ def test_wrong_arguments_raise(model: DRTForCausalLM, kwargs: dict[str, Any], me
         model(**arguments)
 
 
-def test_a_state_of_other_rows_and_padding_into_a_state_raise(model: DRTForCausalLM) -> None:
+def test_a_state_of_other_rows_raises(model: DRTForCausalLM) -> None:
     ids = torch.zeros(2, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match="the state has 1 rows, the input has 2"):
         model(ids, past_key_values=model.new_state(1))
-    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
-    with pytest.raises(ValueError, match="padded rows cannot be read into a state"):
-        model(ids, past_key_values=model.new_state(2), attention_mask=mask)
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         model.new_state(0)
     with pytest.raises(ValueError, match="segment_size must be at least 1, got 0"):
         model.read(ids, model.new_state(2), segment_size=0)
 
 
-def test_what_a_state_cannot_do_yet_raises(model: DRTForCausalLM) -> None:
-    ids = torch.randint(0, 61, (1, 20))
-    with pytest.raises(NotImplementedError, match="beam search"):
-        model.generate(ids, num_beams=2, max_new_tokens=2, do_sample=False)
-    with pytest.raises(ValueError, match="cache_implementation='static' is not supported"):
-        model.generate(ids, max_new_tokens=2, cache_implementation="static")
+@pytest.mark.parametrize("refused", ["crop", "reset", "update"])
+def test_what_a_state_cannot_do_raises(model: DRTForCausalLM, refused: str) -> None:
+    state = model.new_state(1)
+    with pytest.raises(NotImplementedError, match=r"fork\(\)|new_state|written by"):
+        getattr(state, refused)(*([1] if refused == "crop" else []))
 
 
 def test_a_memory_can_be_handed_in(model: DRTForCausalLM, ids: torch.Tensor) -> None:
-    memory = SlabMemory(slab_size=4)
+    memory = DeviceMemory(slab_size=4)
     state = model.new_state(2, memory=memory)
     model(ids, past_key_values=state)
-    assert len(memory) == 16
+    assert memory.counts == (16, 16)
     assert state.memory is memory

@@ -3,7 +3,7 @@
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from drt.configuration import DRTConfig
-from drt.memory import ChunkMemory, SlabMemory
+from drt.memory import ChunkMemory, DeviceMemory
 from drt.modeling import DRTCausalLMOutput, DRTForCausalLM
 from drt.ops.gca import grouped_cross_attention
 from drt.ops.window import sliding_window_attention
@@ -21,7 +21,7 @@ __all__ = [
     "DRTForCausalLM",
     "DRTState",
     "Retrieval",
-    "SlabMemory",
+    "DeviceMemory",
     "__version__",
     "grouped_cross_attention",
     "sliding_window_attention",

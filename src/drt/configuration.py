@@ -80,6 +80,14 @@ class DRTConfig(PreTrainedConfig):
     """Scale of the Gumbel noise on the scores that choose the chunks, in training only."""
     exclude_window_chunks: bool = False
     """Whether chunks that lie wholly inside the landmark's window are no candidates."""
+    landmark_size: int | None = None
+    """Width L of landmark embeddings and retrieval queries, learned; None = hidden_size, as in the
+    paper. Search costs in proportion."""
+    early_close_rate: float = 0.0
+    """Chunks closed early, at random, per chunk_size tokens; in training without a state only."""
+    close_prompt_chunk: bool = True
+    """Whether `generate` closes the open chunk at the end of the prompt, so that what is asked
+    there is retrieved for at once."""
     softmax_plus_one: bool = True
     """Whether attention inside a retrieved chunk has an implicit key of score and value zero."""
     num_encoder_layers: int = 2
@@ -121,6 +129,13 @@ class DRTConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.retrieval_noise < 0:
             raise ValueError(f"retrieval_noise must not be negative, got {self.retrieval_noise}")
+        if not 0 <= self.early_close_rate <= self.chunk_size:
+            raise ValueError(
+                f"early_close_rate must be from 0 to chunk_size = {self.chunk_size}, "
+                f"got {self.early_close_rate}"
+            )
+        if self.landmark_size is not None and self.landmark_size < 1:
+            raise ValueError(f"landmark_size must be at least 1, got {self.landmark_size}")
         if any(layers < 1 for layers in self.retrieval_groups):
             raise ValueError(
                 f"every retrieval group needs at least 1 layer, got {self.retrieval_groups}"

@@ -22,22 +22,26 @@ from drt.state import WindowCache
 
 
 class Rotary(NamedTuple):
-    """Rotary factors of P positions: (P, 1, D) each, float32, D/2 angles twice over."""
+    """Rotary factors of P positions: (P, 1, D) or (B, P, 1, D) each, float32, D/2 angles twice."""
 
     cos: Tensor
     sin: Tensor
 
 
-def rotary_factors(first: int, count: int, *, config: DRTConfig, device: torch.device) -> Rotary:
-    """Rotary factors of the positions first .. first + count - 1.
+def rotary_factors(
+    first: int | list[int], count: int, *, config: DRTConfig, device: torch.device
+) -> Rotary:
+    """Rotary factors of the positions first .. first + count - 1, of each row if there are several.
 
     Angles are computed in float64: at position 1,000,000 float32 is off by a thirtieth of a radian.
     """
     assert config.head_dim is not None
     half = torch.arange(config.head_dim // 2, dtype=torch.float64, device=device)
     frequency = config.rope_theta ** (-2.0 * half / config.head_dim)
-    position = torch.arange(first, first + count, dtype=torch.float64, device=device)
-    angle = (position[:, None] * frequency).repeat(1, 2)[:, None]
+    start = torch.tensor(first, dtype=torch.float64, device=device)[..., None]
+    position = start + torch.arange(count, dtype=torch.float64, device=device)
+    angle = position[..., None] * frequency
+    angle = torch.cat([angle, angle], dim=-1)[..., None, :]
     return Rotary(angle.cos().float(), angle.sin().float())
 
 
@@ -117,13 +121,22 @@ class SlidingWindowAttention(DRTAttention):
         self.num_heads = config.num_attention_heads
         self.uses_alibi = config.position_embedding == "alibi"
 
-    def forward(self, hidden: Tensor, rotary: Rotary | None, cache: WindowCache | None) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        rotary: Rotary | None,
+        layout: SegmentLayout,
+        cache: WindowCache | None,
+    ) -> Tensor:
         """(B, P, E) -> (B, P, E); reads and extends `cache` if there is one."""
         query, key, value = self.project(hidden, rotary)
+        first_keys = layout.document_starts
         if cache is not None:
-            key, value = cache.extend(key, value, window=self.window)
+            key, value, first_keys = cache.extend(key, value, window=self.window, layout=layout)
         slopes = alibi_slopes(self.num_heads).to(hidden.device) if self.uses_alibi else None
-        out = sliding_window_attention(query, key, value, window=self.window, alibi_slopes=slopes)
+        out = sliding_window_attention(
+            query, key, value, window=self.window, alibi_slopes=slopes, first_keys=first_keys
+        )
         return self.o_proj(out.flatten(-2))
 
 
@@ -133,13 +146,13 @@ class ChunkAttention(DRTAttention):
     It is grouped cross-attention in which every chunk retrieves itself with weight 1.
     """
 
-    def forward(self, hidden: Tensor, rotary: Rotary | None) -> Tensor:
-        """(B, C, S + 1, E) -> (B, C, S + 1, E)."""
+    def forward(self, hidden: Tensor, rotary: Rotary | None, lengths: Tensor | None) -> Tensor:
+        """(B, C, S + 1, E) -> (B, C, S + 1, E), reading `lengths` (B, C) positions of each chunk."""
         query, key, value = self.project(hidden, rotary)
         batch, count = hidden.shape[:2]
         own = torch.arange(count, device=hidden.device).view(1, count, 1).expand(batch, -1, -1)
         weight = torch.ones(batch, count, 1, device=hidden.device)
-        out = grouped_cross_attention(query, key, value, own, weight)
+        out = grouped_cross_attention(query, key, value, own, weight, key_lengths=lengths)
         return self.o_proj(out.flatten(-2))
 
 
@@ -158,15 +171,17 @@ class GroupedCrossAttention(nn.Module):
     def forward(self, blocks: Tensor, chunks: RetrievedChunks) -> Tensor:
         """(B, num_blocks, Q, E) -> (B, num_blocks, Q, E)."""
         query = self.q_proj(blocks).unflatten(-1, (-1, self.head_dim))
+        # The pool is one row's memory for the operator, and the blocks of all rows are its chunks.
         out = grouped_cross_attention(
-            query,
-            chunks.keys,
-            chunks.values,
-            chunks.indices,
-            chunks.weights,
+            query.flatten(0, 1)[None],
+            chunks.keys[None],
+            chunks.values[None],
+            chunks.indices.flatten(0, 1)[None],
+            chunks.weights.flatten(0, 1)[None],
+            key_lengths=None if chunks.lengths is None else chunks.lengths[None],
             softmax_plus_one=self.softmax_plus_one,
         )
-        return self.o_proj(out.flatten(-2))
+        return self.o_proj(out.flatten(-2)).view(blocks.shape)
 
 
 class DRTDecoderLayer(GradientCheckpointingLayer):
@@ -190,15 +205,14 @@ class DRTDecoderLayer(GradientCheckpointingLayer):
         self,
         hidden: Tensor,
         rotary: Rotary | None,
+        layout: SegmentLayout,
         cache: WindowCache | None = None,
-        layout: SegmentLayout | None = None,
         chunks: RetrievedChunks | None = None,
     ) -> Tensor:
         """(B, P, E) -> (B, P, E); without `chunks` nothing is retrieved and o = 0."""
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotary, cache)
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotary, layout, cache)
         mixed = hidden
         if self.cross_attn is not None and chunks is not None:
-            assert layout is not None
             blocks = layout.to_blocks(self.cross_attn_layernorm(hidden))
             mixed = hidden + layout.from_blocks(self.cross_attn(blocks, chunks))
         return hidden + self.mlp(self.post_attention_layernorm(mixed))
@@ -214,9 +228,9 @@ class DRTEncoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = DRTRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = DRTMLP(config)
 
-    def forward(self, hidden: Tensor, rotary: Rotary | None) -> Tensor:
-        """(B, C, S + 1, E) -> (B, C, S + 1, E)."""
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotary)
+    def forward(self, hidden: Tensor, rotary: Rotary | None, lengths: Tensor | None) -> Tensor:
+        """(B, C, S + 1, E) -> (B, C, S + 1, E), reading `lengths` (B, C) positions of each chunk."""
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotary, lengths)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
@@ -224,7 +238,7 @@ class EncodedChunks(NamedTuple):
     """What the memory keeps of C closed chunks."""
 
     landmarks: Tensor
-    """(B, C, E)."""
+    """(B, C, L)."""
     keys: Tensor
     """(B, C, S, G, D), head-major in storage."""
     values: Tensor
@@ -247,19 +261,42 @@ class ChunkEncoder(nn.Module):
         self.norm = DRTRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.k_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.landmark_proj = landmark_projection(config)
 
-    def forward(self, closed: Tensor) -> EncodedChunks:
-        """(B, C, S + 1, E) lower-layer outputs, the landmark last -> `EncodedChunks`."""
+    def forward(self, closed: Tensor, lengths: Tensor | None = None) -> EncodedChunks:
+        """Encode chunks.
+
+        Args:
+            closed: (B, C, S + 1, E) lower-layer outputs, each landmark right after its content.
+            lengths: (B, C) int64 content tokens of each chunk; None = all have S.
+        """
         encoded = self.input_layernorm(closed)
         rotary = rotary_factors(0, closed.shape[2], config=self.config, device=closed.device)
+        filled = None if lengths is None else lengths + 1
         for layer in self.layers:
-            encoded = layer(encoded, rotary)
+            encoded = layer(encoded, rotary, filled)
         encoded = self.norm(encoded)
         content = encoded[:, :, :-1]
         keys = self._head_major(self.k_proj(content))
-        return EncodedChunks(encoded[:, :, -1], keys, self._head_major(self.v_proj(content)))
+        values = self._head_major(self.v_proj(content))
+        return EncodedChunks(self.landmark_proj(_landmarks(encoded, lengths)), keys, values)
 
     def _head_major(self, projected: Tensor) -> Tensor:
         """(B, C, S, G * D) -> (B, C, S, G, D) stored as (B, C, G, S, D), as attention reads it."""
         split = projected.unflatten(-1, (-1, self.config.head_dim))  # type: ignore[arg-type]
         return split.transpose(2, 3).contiguous().transpose(2, 3)
+
+
+def landmark_projection(config: DRTConfig) -> nn.Module:
+    """From the model's width to that of landmarks; nothing where they are the same."""
+    if config.landmark_size is None:
+        return nn.Identity()
+    return nn.Linear(config.hidden_size, config.landmark_size, bias=False)
+
+
+def _landmarks(encoded: Tensor, lengths: Tensor | None) -> Tensor:
+    """(B, C, S + 1, E) -> (B, C, E): the position after the content."""
+    if lengths is None:
+        return encoded[:, :, -1]
+    place = lengths[..., None, None].expand(-1, -1, 1, encoded.shape[-1])
+    return encoded.gather(2, place).squeeze(2)

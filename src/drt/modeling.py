@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
@@ -17,12 +18,20 @@ from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
-from drt.chunking import SegmentLayout
+from drt.chunking import ChunkRules, Cursor, Marks, SegmentLayout, plan_segment
 from drt.configuration import DRTConfig
-from drt.layers import ChunkEncoder, DRTDecoderLayer, DRTRMSNorm, Rotary, rotary_factors
+from drt.generation import DRTGeneration
+from drt.layers import (
+    ChunkEncoder,
+    DRTDecoderLayer,
+    DRTRMSNorm,
+    Rotary,
+    landmark_projection,
+    rotary_factors,
+)
 from drt.memory import ChunkMemory, TrainingMemory
 from drt.retrieval import Retrieval, RetrievedChunks
-from drt.state import DRTState
+from drt.state import CurrentRetrieval, DRTState
 
 
 @dataclass
@@ -82,6 +91,7 @@ class DRTModel(DRTPreTrainedModel):
         self.query_norms = nn.ModuleList(
             DRTRMSNorm(config.hidden_size, config.rms_norm_eps) for _ in groups
         )
+        self.query_projs = nn.ModuleList(landmark_projection(config) for _ in groups)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -90,6 +100,7 @@ class DRTModel(DRTPreTrainedModel):
         embeddings: Tensor,
         state: DRTState | None = None,
         *,
+        marks: Marks | None = None,
         generator: torch.Generator | None = None,
         memory_only: bool = False,
     ) -> DRTModelOutput:
@@ -98,17 +109,17 @@ class DRTModel(DRTPreTrainedModel):
         Args:
             embeddings: (B, T, E) content embeddings.
             state: what was read before; extended in place. None = the rows start here.
+            marks: padding, chunk ends and documents among the T columns; None = none.
             generator: source of the Gumbel noise, used in training mode only.
             memory_only: stop below the upper layers. The memory is complete; what the upper
                 layers of later segments see of this one is not.
         """
-        layout = self._layout(embeddings, state)
-        hidden = embeddings
-        if self.landmark is not None:
-            hidden = layout.insert_landmarks(embeddings, self.landmark.to(embeddings.dtype))
+        layout, cursors = self._layout(embeddings, state, marks or Marks())
+        landmark = None if self.landmark is None else self.landmark.to(embeddings.dtype)
+        hidden = layout.to_positions(embeddings, landmark)
         rotary = self._rotary(layout, hidden)
         for number in range(self.config.num_lower_layers):
-            hidden = self.layers[number](hidden, rotary, _window(state, number))
+            hidden = self.layers[number](hidden, rotary, layout, _window(state, number))
         memory = self._remember(hidden, layout, state, generator)
         retrievals: list[Retrieval] = []
         if memory is not None and not memory_only:
@@ -117,10 +128,10 @@ class DRTModel(DRTPreTrainedModel):
                 chunks = _chunks_of_blocks(group, retrieval, layout, memory, state)
                 for number in numbers:
                     window = _window(state, number)
-                    hidden = self.layers[number](hidden, rotary, window, layout, chunks)
+                    hidden = self.layers[number](hidden, rotary, layout, window, chunks)
                 retrievals.append(retrieval)
         if state is not None:
-            state.num_tokens += layout.length
+            state.cursors = cursors
         return DRTModelOutput(hidden, layout, tuple(retrievals))
 
     def _groups(self) -> Iterator[range]:
@@ -130,18 +141,26 @@ class DRTModel(DRTPreTrainedModel):
             yield range(first, first + size)
             first += size
 
-    def _layout(self, embeddings: Tensor, state: DRTState | None) -> SegmentLayout:
-        start = 0 if state is None else state.num_tokens
-        if not self.config.retrieval_groups:
-            return SegmentLayout.without_landmarks(start, embeddings.shape[1])
-        onset = self.config.retrieval_onset == "landmark"
-        size = self.config.chunk_size
-        return SegmentLayout(start, embeddings.shape[1], size, onset, embeddings.device)
+    def _layout(
+        self, embeddings: Tensor, state: DRTState | None, marks: Marks
+    ) -> tuple[SegmentLayout, list[Cursor]]:
+        """Where this segment's landmarks go, and where the rows stand after it."""
+        config = self.config
+        cursors = [Cursor()] * embeddings.shape[0] if state is None else state.cursors
+        rules = ChunkRules(
+            chunk_size=config.chunk_size if config.retrieval_groups else None,
+            landmark_starts_block=config.retrieval_onset == "landmark",
+            excluded_window=config.sliding_window if config.exclude_window_chunks else 0,
+        )
+        count, device = embeddings.shape[1], embeddings.device
+        return plan_segment(cursors, count, rules=rules, marks=marks, device=device)
 
     def _rotary(self, layout: SegmentLayout, hidden: Tensor) -> Rotary | None:
         if self.config.position_embedding != "rope":
             return None
-        first, count = layout.first_position, layout.num_positions
+        rows = layout.first_positions
+        first = rows[0] if min(rows) == max(rows) else rows
+        count = layout.num_positions
         return rotary_factors(first, count, config=self.config, device=hidden.device)
 
     def _remember(
@@ -165,7 +184,9 @@ class DRTModel(DRTPreTrainedModel):
         if state is not None:
             state.opened = opened.detach().clone()
         if layout.num_closed:
-            memory.append(*self.chunk_encoder(closed))
+            lengths = layout.chunk_lengths
+            on_device = None if lengths is None else lengths.to(hidden.device)
+            memory.append(*self.chunk_encoder(closed, on_device), lengths)
         return memory
 
     def _retrieve(
@@ -173,22 +194,15 @@ class DRTModel(DRTPreTrainedModel):
     ) -> Retrieval:
         """What each landmark of the segment retrieves for one group."""
         topk = self.config.retrieval_topk
-        queries = self.query_norms[group](hidden[:, layout.landmark_positions])
         if layout.num_closed == 0:
-            scores = queries.new_zeros(*queries.shape[:2], topk, dtype=torch.float32)
+            scores = hidden.new_zeros(hidden.shape[0], 0, topk, dtype=torch.float32)
             return Retrieval(scores.long(), scores, scores)
-        chunk = layout.first_chunk + torch.arange(layout.num_closed, device=hidden.device)
-        return memory.search(queries, self._limits(chunk), topk=topk)
-
-    def _limits(self, chunk: Tensor) -> Tensor:
-        """Chunks before this number are candidates of the landmark that closes `chunk`."""
-        inside = 1
-        if self.config.exclude_window_chunks:
-            inside = max(1, self.config.sliding_window // (self.config.chunk_size + 1))
-        return (chunk + 1 - inside).clamp_min(0)
+        queries = self.query_norms[group](layout.take_landmarks(hidden))
+        queries = self.query_projs[group](queries)
+        return memory.search(queries, layout.limits, topk=topk, firsts=layout.firsts)
 
 
-class DRTForCausalLM(DRTPreTrainedModel, GenerationMixin):
+class DRTForCausalLM(DRTPreTrainedModel, DRTGeneration, GenerationMixin):
     """The Differentiable Retrieval-based Transformer with a language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
@@ -206,7 +220,7 @@ class DRTForCausalLM(DRTPreTrainedModel, GenerationMixin):
 
         Args:
             batch_size: rows that will be read side by side.
-            memory: an empty memory to write to; None = slabs on the model's device.
+            memory: an empty memory to write to; None = a `DeviceMemory`.
         """
         return DRTState(self.config, batch_size, memory=memory)
 
@@ -220,6 +234,8 @@ class DRTForCausalLM(DRTPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         *,
+        chunk_ends: Tensor | None = None,
+        document_ids: Tensor | None = None,
         output_retrievals: bool = False,
         generator: torch.Generator | None = None,
         **kwargs: Any,
@@ -228,23 +244,27 @@ class DRTForCausalLM(DRTPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: (B, T) int64 content tokens, any T; landmarks are inserted inside.
-            attention_mask: (B, T) or (B, past + T) of ones. Without a state, rows may end in
-                zeros: right padding, which no real token sees.
+            attention_mask: (B, T), or (B, past + T) of which the last T count; 0 = padding, which
+                may be anywhere and is as if it were not there.
             past_key_values: the state that the tokens continue; extended in place.
             inputs_embeds: (B, T, E) in place of `input_ids`.
             labels: (B, T) int64, the input ids or -100; shifted inside.
             use_cache: whether to make a state when none is given; None = no.
             logits_to_keep: compute only the last n logits, or those at a (n,) index; 0 = all.
+            chunk_ends: (B, T) bool; the open chunk closes after these tokens although it is not
+                full. The end of a prompt, of a turn, of a question.
+            document_ids: (B, T) int64; where the id changes a document begins, which neither sees
+                nor retrieves what came before. None = the document goes on.
             output_retrievals: return what each group retrieved.
-            generator: source of the Gumbel noise in training; None = torch's default.
+            generator: source of the Gumbel noise in training, and of chunks closed early; None =
+                torch's default.
             **kwargs: `num_items_in_batch` for the loss.
 
         Returns:
-            `DRTCausalLMOutput` with logits (B, T, vocab_size).
+            `DRTCausalLMOutput` with logits (B, T, vocab_size); at padding they mean nothing.
 
         Raises:
-            ValueError: padding that is not supported, ids or a state of a wrong shape, or an
-                unknown argument.
+            ValueError: ids, masks or a state of a wrong shape, or an unknown argument.
         """
         loss_kwargs = _loss_kwargs(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
@@ -254,8 +274,12 @@ class DRTForCausalLM(DRTPreTrainedModel, GenerationMixin):
         if state is None and use_cache:
             state = self.new_state(embeddings.shape[0])
         _check_state(state, embeddings)
-        _check_mask(attention_mask, state)
-        out = self.model(embeddings, state, generator=generator)
+        marks = _marks(embeddings, attention_mask, chunk_ends, document_ids)
+        if state is not None and input_ids is not None:
+            state.note_ids(input_ids)
+        if self.training and state is None and self._closes_early:
+            marks = self._close_some_early(marks, embeddings, generator)
+        out = self.model(embeddings, state, marks=marks, generator=generator)
         logits = self._logits(out, logits_to_keep)
         loss = None
         if labels is not None:
@@ -269,14 +293,33 @@ class DRTForCausalLM(DRTPreTrainedModel, GenerationMixin):
         )
 
     def _logits(self, out: DRTModelOutput, keep: int | Tensor) -> Tensor:
-        positions = out.layout.prediction_positions
-        chosen = positions[-keep:] if isinstance(keep, int) and keep else positions
-        if isinstance(keep, Tensor):
-            chosen = positions[keep]
-        return self.lm_head(self.model.norm(out.hidden.index_select(1, chosen)))
+        kept = slice(-keep if keep else None, None) if isinstance(keep, int) else keep
+        return self.lm_head(self.model.norm(out.layout.take_predictions(out.hidden, kept)))
+
+    @property
+    def _closes_early(self) -> bool:
+        return self.config.early_close_rate > 0 and bool(self.config.retrieval_groups)
+
+    def _close_some_early(
+        self, marks: Marks, embeddings: Tensor, generator: torch.Generator | None
+    ) -> Marks:
+        """Close chunks at random, so that training knows chunks of every length."""
+        device = torch.device("cpu") if generator is None else generator.device
+        drawn = torch.rand(embeddings.shape[:2], generator=generator, device=device)
+        ends = (drawn < self.config.early_close_rate / self.config.chunk_size).cpu().numpy()
+        if marks.chunk_ends is not None:
+            ends |= marks.chunk_ends
+        return marks._replace(chunk_ends=ends)
 
     @torch.no_grad()
-    def read(self, input_ids: Tensor, state: DRTState, *, segment_size: int = 4096) -> None:
+    def read(
+        self,
+        input_ids: Tensor,
+        state: DRTState,
+        *,
+        attention_mask: Tensor | None = None,
+        segment_size: int = 4096,
+    ) -> None:
         """Read a text of any length into a state, in segments, without logits.
 
         Layers whose work no later token can see are left out. Only the lower layers and the chunk
@@ -286,23 +329,29 @@ class DRTForCausalLM(DRTPreTrainedModel, GenerationMixin):
         Args:
             input_ids: (B, T) int64 content tokens.
             state: the state to extend.
+            attention_mask: (B, T), 0 = padding, anywhere; None = no padding.
             segment_size: tokens of one forward; bounds the working memory.
         """
         if segment_size < 1:
             raise ValueError(f"segment_size must be at least 1, got {segment_size}")
+        _check_state(state, input_ids)
+        content = _marks(input_ids, attention_mask, None, None).content
+        state.note_ids(input_ids)
+        if content is not None:
+            input_ids, content = _to_the_right(input_ids, content)
         length = input_ids.shape[1]
         tail = max(length - self._reach(), 0)
         first = 0
         if tail and self.config.retrieval_groups:
             state.forget_layers(self.config.num_lower_layers)
         elif tail:
-            state.forget_layers(0)
-            state.num_tokens += tail
+            state.skip(content[:, :tail].sum(-1).tolist() if content is not None else tail)
             first = tail
         for begin, end in _segments(first, length, tail, segment_size):
-            embeddings = self.model.embed_tokens(input_ids[:, begin:end])
-            _check_state(state, embeddings)
-            self.model(embeddings, state, memory_only=end <= tail)
+            part = slice(begin, end)
+            marks = Marks(content=None if content is None else content[:, part])
+            embeddings = self.model.embed_tokens(input_ids[:, part])
+            self.model(embeddings, state, marks=marks, memory_only=end <= tail)
 
     def _reach(self) -> int:
         """Tokens before a position that the layers above the memory can see from it."""
@@ -312,28 +361,6 @@ class DRTForCausalLM(DRTPreTrainedModel, GenerationMixin):
         # A layer looks back W - 1 positions; a retrieval is a chunk old at most when it is used.
         retrievals = (groups + 1) * (config.chunk_size + 1) if groups else 0
         return layers * (config.sliding_window - 1) + retrievals
-
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: Any,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> None:
-        """Give `generate` a `DRTState` where transformers would make a cache of its own."""
-        if generation_config.cache_implementation is not None:
-            raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r} is not "
-                "supported: a DRT keeps a DRTState"
-            )
-        if (generation_config.num_beams or 1) > 1:
-            raise NotImplementedError(
-                f"num_beams={generation_config.num_beams}: beam search is not supported yet"
-            )
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            rows = batch_size * (generation_config.num_return_sequences or 1)
-            model_kwargs["past_key_values"] = self.new_state(rows)
 
 
 def _window(state: DRTState | None, number: int) -> Any:
@@ -356,47 +383,56 @@ def _chunks_of_blocks(
     memory: ChunkMemory,
     state: DRTState | None,
 ) -> RetrievedChunks | None:
-    """The chunks that each block of the segment attends to; the state keeps the last one's.
+    """The chunks that each block of the segment attends to; the state keeps what holds after it.
 
-    Block 0 goes on with the retrieval that was current before the segment, block b uses what the
-    segment's b-th landmark retrieved.
+    A block goes on with the retrieval that was current before the segment, uses what a landmark of
+    the segment retrieved, or, where a document begins, nothing.
     """
     current = None if state is None else state.current[group]
-    if layout.num_closed == 0:
-        return current
-    chunks = memory.gather(retrieval.indices)
-    new = RetrievedChunks(chunks.keys, chunks.values, chunks.indices, retrieval.weights)
-    blocks = _prepend(current, new)
+    if layout.num_closed == 0 and layout.num_blocks == 1:
+        return None if current is None else current.chunks
+    numbers, weights = retrieval.indices, retrieval.weights
+    before = numbers.new_full((numbers.shape[0], 1, numbers.shape[2]), -1)
+    if current is not None:
+        before = current.numbers
+    kept = weights.new_zeros(before.shape) if current is None else current.chunks.weights
+    numbers, weights = torch.cat([before, numbers], 1), torch.cat([kept, weights], 1)
+    chunks = memory.gather(numbers)
+    pool = RetrievedChunks(chunks.keys, chunks.values, chunks.lengths, chunks.indices, weights)
     if state is not None:
-        last = memory.gather(retrieval.indices[:, -1:])
-        weights = retrieval.weights[:, -1:]
-        state.current[group] = RetrievedChunks(last.keys, last.values, last.indices, weights)
-    used = layout.num_blocks
-    return blocks._replace(indices=blocks.indices[:, :used], weights=blocks.weights[:, :used])
+        held = _of_sources(pool._replace(indices=numbers), layout.final_sources[:, None]).indices
+        last = _of_sources(pool, layout.final_sources[:, None])
+        state.current[group] = CurrentRetrieval(held, _compact(last))
+    return _of_sources(pool, layout.block_sources)
 
 
-def _prepend(current: RetrievedChunks | None, new: RetrievedChunks) -> RetrievedChunks:
-    """The blocks of `new` after the one of `current`; none retrieves nothing."""
-    if current is None:
-        none = new.indices.new_full((new.indices.shape[0], 1, new.indices.shape[2]), -1)
-        indices = torch.cat([none, new.indices], dim=1)
-        weights = torch.cat([new.weights.new_zeros(none.shape), new.weights], dim=1)
-        return new._replace(indices=indices, weights=weights)
-    shifted = new.indices + current.keys.shape[1] * (new.indices >= 0)
-    return RetrievedChunks(
-        _cat_head_major(current.keys, new.keys),
-        _cat_head_major(current.values, new.values),
-        torch.cat([current.indices, shifted], dim=1),
-        torch.cat([current.weights, new.weights], dim=1),
+def _of_sources(chunks: RetrievedChunks, sources: Tensor) -> RetrievedChunks:
+    """The retrievals (B, NB, K) that the (NB,) or (B, NB) `sources` name; -1 names none."""
+    if sources.dim() == 1:
+        sources = sources[None]
+    batch, _, topk = chunks.indices.shape
+    index = sources.expand(batch, -1)[..., None].expand(-1, -1, topk)
+    place = index.clamp_min(0)
+    return chunks._replace(
+        indices=chunks.indices.gather(1, place).masked_fill(index < 0, -1),
+        weights=chunks.weights.gather(1, place).masked_fill(index < 0, 0.0),
     )
 
 
-def _cat_head_major(first: Tensor, second: Tensor) -> Tensor:
-    """Concatenate (B, M, S, G, D) along M and keep the storage head-major."""
-    return torch.cat([first.transpose(2, 3), second.transpose(2, 3)], dim=1).transpose(2, 3)
+def _compact(chunks: RetrievedChunks) -> RetrievedChunks:
+    """Only the chunks that are in use, B * K of them in the order of use."""
+    flat = chunks.indices.flatten().clamp_min(0)
+    order = torch.arange(len(flat), device=flat.device).view(chunks.indices.shape)
+    return RetrievedChunks(
+        chunks.keys.transpose(1, 2)[flat].transpose(1, 2),
+        chunks.values.transpose(1, 2)[flat].transpose(1, 2),
+        None if chunks.lengths is None else chunks.lengths[flat],
+        order.masked_fill(chunks.indices < 0, -1),
+        chunks.weights,
+    )
 
 
-def _check_state(state: Any, embeddings: Tensor) -> None:
+def _check_state(state: Any, columns: Tensor) -> None:
     if state is None:
         return
     if not isinstance(state, DRTState):
@@ -404,22 +440,54 @@ def _check_state(state: Any, embeddings: Tensor) -> None:
             f"past_key_values must be a DRTState, got {type(state).__name__}; "
             "make one with model.new_state(batch_size)"
         )
-    if state.rows != embeddings.shape[0]:
-        raise ValueError(f"the state has {state.rows} rows, the input has {embeddings.shape[0]}")
+    if state.batch_size != columns.shape[0]:
+        raise ValueError(f"the state has {state.batch_size} rows, the input has {columns.shape[0]}")
 
 
-def _check_mask(mask: Tensor | None, state: DRTState | None) -> None:
-    """Refuse padding that a real token could see."""
-    if mask is None or bool(mask.all()):
-        return
-    if mask.dim() != 2:
-        raise ValueError(f"attention_mask must be (B, T), got shape {tuple(mask.shape)}")
-    if state is not None:
-        raise ValueError(
-            "padded rows cannot be read into a state: pass prompts of equal length, or one by one"
-        )
-    if bool((mask[:, 1:] > mask[:, :-1]).any()):
-        raise ValueError("attention_mask has zeros before ones: only right padding is supported")
+def _marks(
+    columns: Tensor,
+    attention_mask: Tensor | None,
+    chunk_ends: Tensor | None,
+    document_ids: Tensor | None,
+) -> Marks:
+    """What is said of the (B, T) columns, on the host, where layouts are made."""
+    batch, length = columns.shape[:2]
+    content = None
+    if attention_mask is not None:
+        if attention_mask.dim() != 2 or attention_mask.shape[0] != batch:
+            raise ValueError(
+                f"attention_mask must be (B, T) = ({batch}, {length}) or (B, past + T), "
+                f"got shape {tuple(attention_mask.shape)}"
+            )
+        if attention_mask.shape[1] < length:
+            raise ValueError(
+                f"attention_mask has {attention_mask.shape[1]} columns, the input has {length}"
+            )
+        content = _host(attention_mask[:, attention_mask.shape[1] - length :] != 0)
+        content = None if content.all() else content
+    for name, mark in (("chunk_ends", chunk_ends), ("document_ids", document_ids)):
+        if mark is not None and mark.shape != (batch, length):
+            raise ValueError(
+                f"{name} must be (B, T) = ({batch}, {length}), got {tuple(mark.shape)}"
+            )
+    if chunk_ends is not None and chunk_ends.dtype != torch.bool:
+        raise ValueError(f"chunk_ends must be bool, got {chunk_ends.dtype}")
+    return Marks(
+        content,
+        None if chunk_ends is None else _host(chunk_ends),
+        None if document_ids is None else _host(document_ids),
+    )
+
+
+def _host(mark: Tensor) -> np.ndarray:
+    return mark.detach().cpu().numpy()
+
+
+def _to_the_right(input_ids: Tensor, content: np.ndarray) -> tuple[Tensor, np.ndarray]:
+    """Move each row's padding before its content."""
+    order = np.argsort(content, axis=1, kind="stable")
+    index = torch.from_numpy(order).to(input_ids.device)
+    return input_ids.gather(1, index), np.take_along_axis(content, order, axis=1)
 
 
 def _loss_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:

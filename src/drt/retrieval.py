@@ -23,12 +23,14 @@ class Retrieval(NamedTuple):
 
 
 class RetrievedChunks(NamedTuple):
-    """What grouped cross-attention reads: chunks and, per block of queries, which of them."""
+    """What grouped cross-attention reads: a pool of chunks and, per block of queries, which."""
 
     keys: Tensor
-    """(B, M, S, G, D)."""
+    """(M, S, G, D), shared by all rows."""
     values: Tensor
-    """(B, M, S, G, D)."""
+    """(M, S, G, D)."""
+    lengths: Tensor | None
+    """(M,) int64 content tokens of each chunk; None = S."""
     indices: Tensor
     """(B, num_blocks, K) int64 into the M chunks, -1 = none."""
     weights: Tensor
@@ -62,6 +64,7 @@ def select_chunks(
     limits: Tensor,
     *,
     topk: int,
+    firsts: Tensor | None = None,
     noise: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Retrieval:
@@ -69,13 +72,17 @@ def select_chunks(
 
     Args:
         scores: (B, n, M) float scores of M chunks for n landmarks.
-        limits: (n,) int64; landmark i may retrieve chunks 0 .. limits[i] - 1.
+        limits: (B, n) int64; a landmark may retrieve chunks below its limit.
         topk: chunks to retrieve K.
+        firsts: (B, n) int64, the first chunk that it may retrieve; None = 0.
         noise: scale of the Gumbel noise; it moves the choice and never the weights.
         generator: source of the noise; None = torch's default generator.
     """
     num_chunks = scores.shape[-1]
-    candidate = torch.arange(num_chunks, device=scores.device) < limits[:, None]
+    number = torch.arange(num_chunks, device=scores.device)
+    candidate = number < limits.to(scores.device)[..., None]
+    if firsts is not None:
+        candidate &= number >= firsts.to(scores.device)[..., None]
     keys = scores.detach()
     if noise > 0:
         keys = keys + noise * gumbel_noise(keys, generator=generator)

@@ -1,50 +1,123 @@
 """The decoding state: all that a model must remember of what it has read.
 
-Per row: the last W positions of every self-attention layer, the open chunk, the current retrieval
-of each group, and the memory of closed chunks. It counts content tokens, never landmarks.
+Per row: where it stands, the last W positions of every self-attention layer, the open chunk, the
+current retrieval of each group, and the memory of closed chunks.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from drt.chunking import Cursor, SegmentLayout
 from drt.configuration import DRTConfig
-from drt.memory.interface import ChunkMemory
-from drt.memory.slabs import SlabMemory
+from drt.memory import ChunkMemory, DeviceMemory
 from drt.retrieval import RetrievedChunks
+
+
+# Ids by which a text that was read is recognized.
+_NUM_RECENT = 64
+
+
+class WindowKeys(NamedTuple):
+    """What a self-attention layer reads: cached positions, then those of the segment."""
+
+    keys: Tensor
+    """(B, N, G, D)."""
+    values: Tensor
+    """(B, N, G, D)."""
+    first_keys: Tensor | None
+    """(B, P) int64, the first key that each position may see; None = all in its window."""
 
 
 class WindowCache:
     """Keys and values of the last W - 1 positions of one self-attention layer.
 
-    They are stored head-major, (B, G, n, D), which a step of decoding reads without a copy.
+    They are stored head-major, (B, G, n, D), which a step of decoding reads without a copy; rows
+    that have fewer stand at the right.
     """
 
     def __init__(self) -> None:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
+        self.lengths: list[int] = []
+        """Positions of each row."""
 
-    def extend(self, key: Tensor, value: Tensor, *, window: int) -> tuple[Tensor, Tensor]:
+    def extend(
+        self, key: Tensor, value: Tensor, *, window: int, layout: SegmentLayout
+    ) -> WindowKeys:
         """Append (B, P, G, D) keys and values; return those with the cached ones before them."""
-        key, self.keys = _extend(self.keys, key.transpose(1, 2), window - 1)
-        value, self.values = _extend(self.values, value.transpose(1, 2), window - 1)
-        return key.transpose(1, 2), value.transpose(1, 2)
+        before = self.lengths or [0] * key.shape[0]
+        cached = max(before)
+        self.lengths = [
+            min(length + count, window - 1)
+            for length, count in zip(before, layout.counts, strict=True)
+        ]
+        keys, self.keys = self._extend(self.keys, key.transpose(1, 2), layout)
+        values, self.values = self._extend(self.values, value.transpose(1, 2), layout)
+        first = _first_keys(before, cached, layout, key.device)
+        return WindowKeys(keys.transpose(1, 2), values.transpose(1, 2), first)
+
+    def _extend(
+        self, cached: Tensor | None, new: Tensor, layout: SegmentLayout
+    ) -> tuple[Tensor, Tensor]:
+        """Cached and new positions, and what to keep of them."""
+        joined = new if cached is None else torch.cat([cached, new], dim=2)
+        kept = max(self.lengths)
+        if layout.is_even:
+            # A copy, or the slice would keep the whole segment alive.
+            return joined, joined[:, :, joined.shape[2] - kept :].clone()
+        ends = torch.tensor(layout.counts, device=new.device) + joined.shape[2] - new.shape[2]
+        place = (ends[:, None] + torch.arange(-kept, 0, device=new.device)).clamp_min(0)
+        index = place[:, None, :, None].expand(-1, joined.shape[1], -1, joined.shape[3])
+        return joined, joined.gather(2, index)
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Replace the rows by those with these numbers."""
+        if self.keys is None or self.values is None:
+            return
+        self.keys, self.values = self.keys[rows], self.values[rows]
+        self.lengths = [self.lengths[row] for row in rows.tolist()]
 
     def clear(self) -> None:
         """Forget all positions."""
         self.keys = self.values = None
+        self.lengths = []
 
 
-def _extend(cached: Tensor | None, new: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-    """Cached and new positions, and the last `limit` of them."""
-    joined = new if cached is None else torch.cat([cached, new], dim=2)
-    # A copy, or the slice would keep the whole segment alive.
-    return joined, joined[:, :, max(joined.shape[2] - limit, 0) :].clone()
+def _first_keys(
+    before: list[int], cached: int, layout: SegmentLayout, device: torch.device
+) -> Tensor | None:
+    """`WindowKeys.first_keys`: past the unused places of short rows, and past other documents."""
+    if min(before) == cached and layout.document_starts is None:
+        return None
+    unused = torch.tensor([[cached - length] for length in before], device=device)
+    if layout.document_starts is None:
+        return unused.expand(-1, layout.num_positions)
+    origin = torch.tensor([[cached - first] for first in layout.first_positions], device=device)
+    return torch.maximum(layout.document_starts + origin, unused)
+
+
+class CurrentRetrieval(NamedTuple):
+    """What the open blocks of one group attend to."""
+
+    numbers: Tensor
+    """(B, 1, K) int64 chunk numbers, -1 = none."""
+    chunks: RetrievedChunks
+    """The same chunks, gathered."""
+
+    def select_rows(self, rows: Tensor) -> CurrentRetrieval:
+        """The rows with these numbers; the chunks themselves stay where they are."""
+        chunks = self.chunks._replace(
+            indices=self.chunks.indices[rows], weights=self.chunks.weights[rows]
+        )
+        return CurrentRetrieval(self.numbers[rows], chunks)
 
 
 class DRTState(Cache):
@@ -55,7 +128,7 @@ class DRTState(Cache):
     Args:
         config: the model's configuration.
         batch_size: rows.
-        memory: an empty chunk memory; None = a `SlabMemory`.
+        memory: an empty chunk memory; None = a `DeviceMemory`.
     """
 
     def __init__(
@@ -64,23 +137,75 @@ class DRTState(Cache):
         super().__init__(layers=[])
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self.rows = batch_size
-        self.num_tokens = 0
-        """Content tokens read, per row."""
+        self.cursors = [Cursor()] * batch_size
+        """Where each row stands."""
         self.windows = [WindowCache() for _ in range(config.num_hidden_layers)]
         self.opened: Tensor | None = None
-        """(B, n, E) lower-layer outputs of the open chunk."""
-        self.current: list[RetrievedChunks | None] = [None] * len(config.retrieval_groups)
+        """(B, n, E) lower-layer outputs of the open chunks; rows with fewer stand at the right."""
+        self.current: list[CurrentRetrieval | None] = [None] * len(config.retrieval_groups)
         """Per group, the chunks that the open block attends to."""
-        self.memory: ChunkMemory = SlabMemory() if memory is None else memory
+        self.memory: ChunkMemory = DeviceMemory() if memory is None else memory
+        self._recent_ids: list[Tensor] = []
+        self._num_columns = 0
+
+    @property
+    def num_tokens(self) -> list[int]:
+        """Content tokens read, per row."""
+        return [cursor.tokens for cursor in self.cursors]
+
+    def close_chunk(self, rows: Sequence[int] | None = None) -> None:
+        """End the open chunks here: their landmarks come before the next token that is read.
+
+        To have the landmark's own prediction of that token, mark the end of the chunk in the
+        forward that reads its last token: `model(ids, past_key_values=state, chunk_ends=...)`.
+
+        Args:
+            rows: the rows to do this for; None = all.
+        """
+        for row in range(len(self.cursors)) if rows is None else rows:
+            self.cursors[row] = replace(self.cursors[row], closing=self.cursors[row].opened > 0)
 
     def fork(self) -> DRTState:
-        """A state that goes on from here on its own; full slabs of the memory are shared."""
+        """A state that goes on from here on its own; what the memory holds is shared."""
         other = copy.copy(self)
+        other.cursors = list(self.cursors)
         other.windows = [copy.copy(window) for window in self.windows]
         other.current = list(self.current)
+        other._recent_ids = list(self._recent_ids)
         other.memory = self.memory.fork()
         return other
+
+    def skip(self, num_tokens: int | list[int]) -> None:
+        """Forget every layer and count tokens as read: for a model that remembers windows only."""
+        self.forget_layers(0)
+        counts = num_tokens if isinstance(num_tokens, list) else [num_tokens] * self.batch_size
+        self.cursors = [
+            replace(cursor, tokens=cursor.tokens + count)
+            for cursor, count in zip(self.cursors, counts, strict=True)
+        ]
+
+    def note_ids(self, input_ids: Tensor) -> None:
+        """Remember the last ids that were read, (B, T), to recognize them."""
+        self._num_columns += input_ids.shape[1]
+        self._recent_ids.append(input_ids[:, -_NUM_RECENT:].clone())
+        del self._recent_ids[:-_NUM_RECENT]
+
+    def check_new(self, input_ids: Tensor) -> None:
+        """Refuse (B, T) ids that begin with what this state has read.
+
+        Raises:
+            ValueError: they do; they would be read twice.
+        """
+        read, length = self._num_columns, input_ids.shape[1]
+        if not self._recent_ids or not read or length < read:
+            return
+        recent = torch.cat(self._recent_ids, dim=1)[:, -_NUM_RECENT:]
+        if torch.equal(recent, input_ids[:, read - recent.shape[1] : read].to(recent.device)):
+            raise ValueError(
+                f"input_ids begin with the {read} tokens that the state has read: pass only what "
+                f"comes after them. If the text really repeats, pass an attention_mask of "
+                f"{read + length} columns"
+            )
 
     def forget_layers(self, first: int) -> None:
         """Drop what layers from `first` on saw; they must read a long enough tail again."""
@@ -91,8 +216,8 @@ class DRTState(Cache):
     # What transformers asks of a cache.
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Content tokens read."""
-        return self.num_tokens
+        """Content tokens read of the longest row."""
+        return max(self.num_tokens)
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """-1: there is no limit."""
@@ -101,7 +226,7 @@ class DRTState(Cache):
     @property
     def batch_size(self) -> int:
         """Rows."""
-        return self.rows
+        return len(self.cursors)
 
     @property
     def is_compileable(self) -> bool:
@@ -111,7 +236,7 @@ class DRTState(Cache):
     @property
     def is_initialized(self) -> bool:
         """Whether anything has been read."""
-        return self.num_tokens > 0
+        return max(self.num_tokens) > 0
 
     @property
     def is_croppable(self) -> bool:
@@ -122,21 +247,32 @@ class DRTState(Cache):
         return len(self.windows)
 
     def __repr__(self) -> str:
-        return (
-            f"DRTState(rows={self.rows}, num_tokens={self.num_tokens}, chunks={len(self.memory)})"
-        )
+        return f"DRTState(num_tokens={self.num_tokens}, chunks={list(self.memory.counts)})"
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Refused: rows of a memory cannot be permuted yet."""
-        raise NotImplementedError("DRTState cannot reorder rows: beam search is not supported yet")
+        """Replace the rows by those with these numbers (B',); none of the memory is moved."""
+        rows = beam_idx.tolist()
+        if rows == list(range(self.batch_size)):
+            return
+        self.cursors = [self.cursors[row] for row in rows]
+        for window in self.windows:
+            window.select_rows(beam_idx)
+        if self.opened is not None:
+            self.opened = self.opened[beam_idx]
+        self.current = [held and held.select_rows(beam_idx) for held in self.current]
+        if self._recent_ids:
+            recent = torch.cat(self._recent_ids, dim=1)[:, -_NUM_RECENT:]
+            self._recent_ids = [recent[beam_idx]]
+        self.memory = self.memory.select_rows(rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Refused: rows of a memory cannot be repeated yet."""
-        raise NotImplementedError("DRTState cannot repeat rows: pass repeated prompts instead")
+        """Repeat every row, copies side by side; they share the memory."""
+        rows = torch.arange(self.batch_size).repeat_interleave(repeats)
+        self.reorder_cache(rows)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Refused: rows of a memory cannot be selected yet."""
-        raise NotImplementedError("DRTState cannot select rows: pass the wanted prompts instead")
+        """Keep the rows with these numbers."""
+        self.reorder_cache(indices)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: what left the window is gone."""

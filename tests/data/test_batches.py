@@ -11,13 +11,15 @@ ROWS = {"seed": 1, "length": 512, "chunk_size": 32}
 
 def test_batch_stacks_rows(byte_corpus: Corpus) -> None:
     made = batch(MANY, byte_corpus, index=2, batch_size=3, **ROWS)
-    assert set(made) == {"input_ids", "labels", "answer_mask"}
+    assert set(made) == {"input_ids", "labels", "answer_mask", "chunk_ends"}
     assert made["input_ids"].dtype == made["labels"].dtype == torch.int64
     assert made["answer_mask"].dtype == torch.bool
     for number in range(3):
         row = MANY.training_row(byte_corpus, index=6 + number, **ROWS)
         assert (made["input_ids"][number].numpy() == row.input_ids).all()
         assert (made["answer_mask"][number].numpy() == row.answer_mask).all()
+        ends = made["chunk_ends"][number].nonzero().flatten() + 1
+        assert ends.tolist() == [question.question_span[1] for question in row.questions]
 
 
 def test_labels_are_a_copy(byte_corpus: Corpus) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from drt import DRTForCausalLM
+from drt.chunking import ChunkRules, Cursor, Marks, plan_segment
 from drt.retrieval import RetrievedChunks
 from drt.testing import tiny_config
 
@@ -87,13 +88,13 @@ def test_an_unretrieved_chunk_has_no_influence() -> None:
 def test_the_order_of_retrieved_chunks_is_irrelevant() -> None:
     model = make()
     cross = model.model.layers[-1].cross_attn
-    keys, values = torch.randn(2, 1, 9, 16, 2, 8).unbind(0)
+    keys, values = torch.randn(2, 9, 16, 2, 8).unbind(0)
     indices = torch.randperm(9)[:4].view(1, 1, 4)
     weights = torch.rand(1, 1, 4)
     blocks = torch.randn(1, 1, 17, 32)
-    out = cross(blocks, RetrievedChunks(keys, values, indices, weights))
+    out = cross(blocks, RetrievedChunks(keys, values, None, indices, weights))
     order = torch.tensor([2, 0, 3, 1])
-    turned = RetrievedChunks(keys, values, indices[..., order], weights[..., order])
+    turned = RetrievedChunks(keys, values, None, indices[..., order], weights[..., order])
     # Four terms added in another order, float32.
     assert torch.allclose(cross(blocks, turned), out, atol=1e-6)
 
@@ -128,12 +129,10 @@ def test_bypass_feeds_the_feed_forward_only() -> None:
     layer = make().model.layers[-1]
     torch.nn.init.zeros_(layer.mlp.down_proj.weight)
     ids = torch.randn(1, 17, 32)
-    keys, values = torch.randn(2, 1, 3, 16, 2, 8).unbind(0)
+    keys, values = torch.randn(2, 3, 16, 2, 8).unbind(0)
     chunks = RetrievedChunks(
-        keys, values, torch.zeros(1, 1, 1, dtype=torch.int64), torch.ones(1, 1, 1)
+        keys, values, None, torch.zeros(1, 1, 1, dtype=torch.int64), torch.ones(1, 1, 1)
     )
-    from drt.chunking import SegmentLayout
-
-    layout = SegmentLayout(0, 16, 16)
-    with_chunks = layer(ids, None, None, layout, chunks)
-    assert torch.equal(with_chunks, layer(ids, None))
+    rules = ChunkRules(chunk_size=16, landmark_starts_block=False)
+    layout, _ = plan_segment([Cursor()], 16, rules=rules, marks=Marks(), device=ids.device)
+    assert torch.equal(layer(ids, None, layout, None, chunks), layer(ids, None, layout))

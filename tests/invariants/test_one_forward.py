@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drt import DRTForCausalLM, SlabMemory
+from drt import DeviceMemory, DRTForCausalLM
 from drt.testing import tiny_config
 
 # The bound of the specification: float32 logits of order 1 after a few layers.
@@ -23,6 +23,7 @@ configs = st.fixed_dictionaries(
         "position_embedding": st.sampled_from(["rope", "alibi"]),
         "softmax_plus_one": st.booleans(),
         "exclude_window_chunks": st.booleans(),
+        "landmark_size": st.sampled_from([None, 8]),
     }
 )
 
@@ -40,7 +41,7 @@ def test_segments_are_invisible(fields: dict[str, Any], pieces: list[int], seed:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, 61, (2, sum(pieces)), generator=generator)
     whole = model(ids, output_retrievals=True)
-    state = model.new_state(2, memory=SlabMemory(slab_size=3))
+    state = model.new_state(2, memory=DeviceMemory(slab_size=3))
     outs = [
         model(part, past_key_values=state, output_retrievals=True)
         for part in ids.split(pieces, dim=1)
@@ -94,7 +95,7 @@ def test_rows_of_a_batch_do_not_see_each_other(onset: str) -> None:
 def test_a_fork_goes_its_own_way() -> None:
     model = make({})
     ids, left, right = (torch.randint(0, 61, (1, n)) for n in (100, 60, 60))
-    state = model.new_state(1, memory=SlabMemory(slab_size=4))
+    state = model.new_state(1, memory=DeviceMemory(slab_size=4))
     model(ids, past_key_values=state)
     fork = state.fork()
     for tokens, branch in ((left, fork), (right, state)):

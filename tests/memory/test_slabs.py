@@ -1,97 +1,257 @@
-"""The slab memory against one tensor that holds everything."""
+"""Rows, slabs, forks and selections of the memories against plain lists."""
+
+import random
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drt.memory import SlabMemory, TrainingMemory
+from drt.memory import DeviceMemory, HostMemory
+
+KINDS = [DeviceMemory, HostMemory]
 
 
-def chunks(batch: int, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def assert_same(memory: Any, wanted: Any) -> None:
+    """Every chunk of every row, its length, and content bit for bit."""
+    assert memory.counts == tuple(len(row) for row in wanted.rows)
+    assert len(memory) == sum(memory.counts)
+    most = max(memory.counts, default=0)
+    numbers = torch.arange(most).expand(len(memory.counts), most)
+    numbers = numbers.masked_fill(numbers >= torch.tensor(memory.counts)[:, None], -1)
+    keys, values, lengths, indices = memory.gather(numbers[:, None].contiguous())
+    assert keys.transpose(1, 2).is_contiguous()
+    assert values.transpose(1, 2).is_contiguous()
+    for b, row in enumerate(wanted.rows):
+        assert indices[b, 0, len(row) :].eq(-1).all()
+        for i, (_, key, value, length) in enumerate(row):
+            m = indices[b, 0, i]
+            assert length == (key.shape[0] if lengths is None else lengths[m])
+            assert torch.equal(keys[m, :length], key[:length])
+            assert torch.equal(values[m, :length], value[:length])
+            assert not keys[m, length:].any()
+            assert not values[m, length:].any()
+
+
+def assert_search(memory: Any, wanted: Any, seed: int, topk: int, tolerance: float = 1e-5) -> None:
+    """Scores as brute force in float64, ties in any order; indices that have these scores."""
     generator = torch.Generator().manual_seed(seed)
-    landmarks = torch.randn(batch, count, 6, generator=generator)
-    keys = torch.randn(batch, count, 3, 2, 4, generator=generator)
-    return landmarks, keys, torch.randn(batch, count, 3, 2, 4, generator=generator)
+    batch = len(wanted.rows)
+    queries = torch.randn(batch, 4, 6, generator=generator)
+    most = max(memory.counts, default=0)
+    limits = torch.randint(0, most + 2, (batch, 4), generator=generator)
+    firsts = torch.randint(-1, most + 1, (batch, 4), generator=generator)
+    for lower in (None, firsts):
+        indices, weights, scores = memory.search(queries, limits, topk=topk, firsts=lower)
+        assert indices.shape == weights.shape == scores.shape == (batch, 4, topk)
+        for b in range(batch):
+            for i in range(4):
+                first = 0 if lower is None else max(int(lower[b, i]), 0)
+                limit = int(limits[b, i])
+                expected = wanted.scores(b, queries[b, i], first, limit)[:topk]
+                found = indices[b, i][indices[b, i] >= 0]
+                assert len(found) == len(set(found.tolist())) == len(expected)
+                assert all(first <= number < limit for number in found.tolist())
+                got = scores[b, i, : len(expected)]
+                # Sums of six products of numbers below ten, in float32.
+                assert torch.allclose(got.double(), torch.tensor(expected).double(), atol=tolerance)
+                assert scores[b, i, len(expected) :].eq(float("-inf")).all()
+                assert weights[b, i, len(expected) :].eq(0).all()
+                assert abs(float(weights[b, i].sum()) - bool(expected)) < 1e-5
 
 
-def filled(pieces: list[int], slab_size: int, seed: int) -> tuple[SlabMemory, TrainingMemory]:
-    total = sum(pieces)
-    landmarks, keys, values = chunks(2, total, seed)
-    slabs, whole = SlabMemory(slab_size=slab_size), TrainingMemory()
-    whole.append(landmarks, keys, values)
-    start = 0
-    for size in pieces:
-        part = slice(start, start + size)
-        slabs.append(landmarks[:, part], keys[:, part], values[:, part])
-        start += size
-    return slabs, whole
-
-
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
-    st.lists(st.integers(1, 9), min_size=1, max_size=6),
-    st.integers(1, 7),
-    st.integers(1, 10),
+    st.sampled_from(KINDS),
+    st.lists(st.lists(st.integers(0, 9), min_size=2, max_size=2), min_size=1, max_size=6),
+    st.integers(1, 20),
+    st.booleans(),
     st.integers(0, 10**6),
 )
-def test_search_and_gather_agree_with_whole_tensors(
-    pieces: list[int], slab_size: int, topk: int, seed: int
+def test_any_pieces_of_unequal_rows(
+    oracle: Any, kind: Any, pieces: list[list[int]], slab_size: int, ragged: bool, seed: int
 ) -> None:
-    slabs, whole = filled(pieces, slab_size, seed)
-    total = sum(pieces)
-    generator = torch.Generator().manual_seed(seed)
-    queries = torch.randn(2, 5, 6, generator=generator)
-    limits = torch.randint(0, total + 1, (5,), generator=generator)
-    got, wanted = (m.search(queries, limits, topk=topk) for m in (slabs, whole))
-    assert len(slabs) == total
-    assert torch.equal(got.indices, wanted.indices)
-    # One dot product of 6 terms, summed in another order.
-    assert torch.allclose(got.weights, wanted.weights, atol=1e-6)
-    from_slabs, from_whole = slabs.gather(got.indices), whole.gather(got.indices)
-    for row, i, k in (got.indices >= 0).nonzero().tolist():
-        here, there = from_slabs.indices[row, i, k], from_whole.indices[row, i, k]
-        assert torch.equal(from_slabs.keys[row, here], from_whole.keys[row, there])
-        assert torch.equal(from_slabs.values[row, here], from_whole.values[row, there])
-    assert torch.equal(from_slabs.indices < 0, got.indices < 0)
+    memory, wanted = kind(slab_size=slab_size), oracle.memory()
+    for i, counts in enumerate(pieces):
+        made = oracle.make_chunks(counts, seed + i, ragged=ragged)
+        memory.append(*made)
+        wanted.append(made)
+    assert_same(memory, wanted)
+    assert_search(memory, wanted, seed, topk=3)
 
 
-def test_a_fork_shares_full_slabs_and_never_disturbs_the_other() -> None:
-    slabs, _ = filled([5], 4, seed=0)
-    fork = slabs.fork()
-    before = slabs.gather(torch.arange(5).view(1, 1, 5).expand(2, 1, 5)).keys
-    left, right = chunks(2, 2, seed=1), chunks(2, 2, seed=2)
-    slabs.append(*left)
-    fork.append(*right)
-    index = torch.tensor([0, 1, 2, 3, 4, 5, 6]).view(1, 1, 7).expand(2, 1, 7)
-    kept, forked = slabs.gather(index).keys, fork.gather(index).keys
-    assert torch.equal(kept, torch.cat([before, left[1]], dim=1))
-    assert torch.equal(forked, torch.cat([before, right[1]], dim=1))
-    assert slabs._slabs[0].keys.data_ptr() == fork._slabs[0].keys.data_ptr()
+@settings(max_examples=60)
+@given(st.sampled_from(KINDS), st.integers(0, 10**6), st.integers(1, 40))
+def test_forks_and_selections_between_appends(
+    oracle: Any, kind: Any, seed: int, slab_size: int
+) -> None:
+    choose = random.Random(seed)
+    family = [(kind(slab_size=slab_size), oracle.memory())]
+    for step in range(12):
+        memory, wanted = choose.choice(family)
+        if step < 1 or choose.random() < 0.6:
+            rows = len(wanted.rows) or 2
+            counts = [choose.randint(0, 20) for _ in range(rows)]
+            made = oracle.make_chunks(counts, seed + step, ragged=choose.random() < 0.5)
+            memory.append(*made)
+            wanted.append(made)
+        elif choose.random() < 0.5:
+            family.append((memory.fork(), wanted.select_rows(range(len(wanted.rows)))))
+        else:
+            rows = choose.choices(range(len(wanted.rows)), k=choose.randint(1, 3))
+            family.append((memory.select_rows(rows), wanted.select_rows(rows)))
+    for memory, wanted in family:
+        assert_same(memory, wanted)
+        assert_search(memory, wanted, seed, topk=4)
 
 
-def test_a_fork_of_a_full_memory_appends_without_copying() -> None:
-    slabs, _ = filled([8], 4, seed=0)
-    fork = slabs.fork()
-    fork.append(*chunks(2, 1, seed=3))
-    assert (len(slabs), len(fork)) == (8, 9)
-    for ours, theirs in zip(slabs._slabs, fork._slabs, strict=False):
-        assert ours.keys.data_ptr() == theirs.keys.data_ptr()
+def test_a_fork_copies_no_chunk_and_its_own_slab_is_small(oracle: Any) -> None:
+    memory = DeviceMemory(slab_size=4096)
+    memory.append(*oracle.make_chunks([3000], 0))
+    before = memory.bytes_by_tier()["host"]
+    fork = memory.fork()
+    assert fork.bytes_by_tier()["host"] == before
+    memory.append(*oracle.make_chunks([1], 1))
+    fork.append(*oracle.make_chunks([1], 2))
+    slabs = [[view.slab for view in m._rows[0].views] for m in (memory, fork)]
+    assert slabs[0][0] is slabs[1][0]
+    assert slabs[1][1].capacity == 16
 
 
-def test_keys_are_stored_in_the_asked_for_dtype() -> None:
-    slabs = SlabMemory(slab_size=4, dtype=torch.bfloat16)
-    slabs.append(*chunks(1, 3, seed=0))
-    assert slabs.gather(torch.tensor([[[0]]])).keys.dtype == torch.bfloat16
-    assert slabs.num_bytes == 4 * (6 * 4 + 2 * 3 * 2 * 4 * 2)
+def test_the_first_to_append_keeps_the_slab_and_a_dropped_branch_is_gone(oracle: Any) -> None:
+    memory = DeviceMemory(slab_size=64)
+    memory.append(*oracle.make_chunks([3], 0))
+    beams = memory.select_rows([0, 0, 0])
+    beams.append(*oracle.make_chunks([1, 1, 1], 1))
+    assert [len(row.views) for row in beams._rows] == [1, 2, 2]
+    kept = beams.select_rows([1])
+    assert kept.bytes_by_tier()["host"] < beams.bytes_by_tier()["host"]
 
 
-def test_wrong_use_is_refused() -> None:
+def test_slabs_grow_up_to_the_largest(oracle: Any) -> None:
+    memory = DeviceMemory(slab_size=100)
+    for i in range(300):
+        memory.append(*oracle.make_chunks([1], i))
+    capacities = [view.slab.capacity for view in memory._rows[0].views]
+    assert capacities == [16, 32, 64, 100, 100]
+
+
+def test_rows_that_share_a_chunk_gather_it_once(oracle: Any) -> None:
+    memory = DeviceMemory()
+    memory.append(*oracle.make_chunks([5], 0))
+    beams = memory.select_rows([0, 0])
+    beams.append(*oracle.make_chunks([1, 1], 1))
+    keys, _, _, indices = beams.gather(torch.tensor([[[0, 5, -1]], [[5, 0, 3]]]))
+    assert keys.shape[0] == 4
+    assert indices[0, 0, 0] == indices[1, 0, 1]
+    assert indices[0, 0, 1] != indices[1, 0, 0]
+
+
+def test_nothing_to_gather_is_a_pool_of_one_chunk_of_zeros(oracle: Any) -> None:
+    memory = DeviceMemory()
+    memory.append(*oracle.make_chunks([2], 0))
+    keys, values, lengths, indices = memory.gather(torch.full((1, 2, 3), -1))
+    assert keys.shape == values.shape == (1, 3, 2, 4)
+    assert not keys.any()
+    assert lengths is None
+    assert indices.eq(-1).all()
+    assert memory.gather(torch.empty(1, 0, 3, dtype=torch.int64)).indices.shape == (1, 0, 3)
+
+
+def test_an_empty_memory_can_be_searched() -> None:
+    found = DeviceMemory().search(torch.randn(2, 3, 6), torch.zeros(2, 3).long(), topk=4)
+    assert found.indices.eq(-1).all()
+    assert found.weights.eq(0).all()
+    memory = DeviceMemory()
+    memory.append(torch.ones(1, 0, 6), torch.ones(1, 0, 3, 2, 4), torch.ones(1, 0, 3, 2, 4))
+    assert memory.counts == (0,)
+    found = memory.search(torch.randn(1, 3, 6), torch.full((1, 3), 9), topk=4)
+    assert found.scores.eq(float("-inf")).all()
+    found = memory.search(torch.randn(1, 0, 6), torch.zeros(1, 0).long(), topk=4)
+    assert found.indices.shape == (1, 0, 4)
+
+
+def test_chunks_leave_the_graph_and_inference_mode(oracle: Any) -> None:
+    memory, wanted = DeviceMemory(), oracle.memory()
+    first, second = oracle.make_chunks([2], 0), oracle.make_chunks([2], 1)
+    with torch.inference_mode():
+        memory.append(*first)
+    memory.append(*(x.requires_grad_() for x in second[:3]))
+    wanted.append(first)
+    wanted.append(second)
+    assert_same(memory, wanted)
+    assert not memory.gather(torch.zeros(1, 1, 1).long()).keys.requires_grad
+    query = torch.randn(1, 1, 6, requires_grad=True)
+    assert not memory.search(query, torch.tensor([[4]]), topk=2).scores.requires_grad
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_are_counted_once_and_closing_ends_use(oracle: Any, kind: Any) -> None:
+    with kind(slab_size=16, dtype=torch.bfloat16) as memory:
+        memory.append(*oracle.make_chunks([16], 0))
+        # 16 landmarks of 6 float32, 16 records of 2 x 24 bfloat16 in whole 64 bytes.
+        size = 16 * 6 * 4 + 16 * 128
+        assert memory.bytes_by_tier() == {"device": 0, "host": size, "disk": 0}
+        assert memory.select_rows([0, 0]).bytes_by_tier()["host"] == size
+        fork = memory.fork()
+    memory.close()
+    with pytest.raises(ValueError, match="the memory is closed"):
+        memory.append(*oracle.make_chunks([1], 0))
+    assert fork.gather(torch.tensor([[[15]]])).keys.shape == (1, 3, 2, 4)
+
+
+def test_wrong_options_are_refused() -> None:
     with pytest.raises(ValueError, match="slab_size must be at least 1, got 0"):
-        SlabMemory(slab_size=0)
-    with pytest.raises(ValueError, match="empty"):
-        SlabMemory().gather(torch.zeros(1, 1, 1, dtype=torch.int64))
-    memory = TrainingMemory()
-    memory.append(*chunks(1, 2, seed=0))
-    with pytest.raises(ValueError, match="written once"):
-        memory.append(*chunks(1, 2, seed=0))
+        DeviceMemory(slab_size=0)
+    with pytest.raises(ValueError, match="dtype must be one of"):
+        HostMemory(dtype=torch.float64)
+    with pytest.raises(ValueError, match="landmark_dtype must be float32 or bfloat16"):
+        HostMemory(landmark_dtype=torch.float16)
+    with pytest.raises(ValueError, match="scan must be"):
+        DeviceMemory(scan="int8")  # pyright: ignore[reportArgumentType]
+
+
+def test_chunks_that_do_not_fit_are_refused_and_change_nothing(oracle: Any) -> None:
+    memory = DeviceMemory()
+    landmarks, keys, values, _ = oracle.make_chunks([2, 2], 0)
+    memory.append(landmarks, keys, values)
+    full = torch.full((2, 2), 3)
+    wrong = {
+        "keys and values must both": (landmarks, keys[:, :1], values),
+        "landmarks must be": (landmarks[:, :1], keys, values),
+        "must be floating point": (landmarks, keys.long(), values.long()),
+        "the memory has torch.float32": (landmarks, keys.half(), values.half()),
+        "the memory has \\(3, 2, 4, 6\\)": (landmarks[:, :, :5], keys, values),
+        "there are 2": (landmarks[:1], keys[:1], values[:1]),
+        "lengths must be \\(2, 2\\)": (landmarks, keys, values, full[:1]),
+        "lengths must be 0 to 3": (landmarks, keys, values, full + 1),
+        "after one of length 0": (landmarks, keys, values, torch.tensor([[3, 3], [0, 1]])),
+    }
+    for message, arguments in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            memory.append(*arguments)
+    assert memory.counts == (2, 2)
+
+
+def test_questions_that_do_not_fit_are_refused(oracle: Any) -> None:
+    with pytest.raises(ValueError, match="the memory is empty"):
+        DeviceMemory().gather(torch.zeros(1, 1, 1, dtype=torch.int64))
+    memory = DeviceMemory()
+    memory.append(*oracle.make_chunks([2, 2], 0))
+    query, limits = torch.randn(2, 1, 6), torch.ones(2, 1).long()
+    for number in (2, -2):
+        with pytest.raises(ValueError, match=f"chunk number {number}: the row has 2 chunks"):
+            memory.gather(torch.tensor([[[0]], [[number]]]))
+    with pytest.raises(ValueError, match="indices must be"):
+        memory.gather(torch.zeros(1, 1, 1, dtype=torch.int64))
+    with pytest.raises(ValueError, match="queries of 1 rows; there are 2"):
+        memory.search(query[:1], limits[:1], topk=1)
+    with pytest.raises(ValueError, match="5 wide; landmarks are 6 wide"):
+        memory.search(query[..., :5], limits, topk=1)
+    with pytest.raises(ValueError, match="limits must be"):
+        memory.search(query, limits[0], topk=1)
+    with pytest.raises(ValueError, match="topk must be at least 1"):
+        memory.search(query, limits, topk=0)
+    with pytest.raises(ValueError, match="rows must be 0 to 1"):
+        memory.select_rows([2])

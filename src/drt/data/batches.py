@@ -36,8 +36,8 @@ def batch(
         split: which text the haystacks are made of.
 
     Returns:
-        ``input_ids`` and ``labels`` (a copy; the model shifts), int64, and ``answer_mask``, bool,
-        all (B, T).
+        ``input_ids`` and ``labels`` (a copy; the model shifts), int64, ``answer_mask`` and
+        ``chunk_ends`` (True at the last token of each question), bool, all (B, T).
 
     Raises:
         ValueError: no task, a weight that is not positive, a row that does not fit, or an argument
@@ -62,4 +62,12 @@ def batch(
         )
     input_ids = torch.from_numpy(np.stack([row.input_ids for row in rows]))
     mask = torch.from_numpy(np.stack([row.answer_mask for row in rows]))
-    return {"input_ids": input_ids, "labels": input_ids.clone(), "answer_mask": mask}
+    ends = torch.zeros_like(mask)
+    for number, row in enumerate(rows):
+        ends[number, [question.question_span[1] - 1 for question in row.questions]] = True
+    return {
+        "input_ids": input_ids,
+        "labels": input_ids.clone(),
+        "answer_mask": mask,
+        "chunk_ends": ends,
+    }

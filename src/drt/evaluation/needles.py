@@ -11,7 +11,6 @@ from torch import Tensor
 
 from drt.data import Corpus, NeedleQuestion, NeedleTask, score_answer
 from drt.evaluation.memory import peak_rss, reset_peak_rss
-from drt.memory import SlabMemory
 from drt.modeling import DRTForCausalLM
 from drt.retrieval import Retrieval
 from drt.state import DRTState
@@ -51,10 +50,8 @@ class NeedleScore(NamedTuple):
 def read_context(
     model: DRTForCausalLM, context_ids: Tensor, *, segment_size: int = 4096
 ) -> DRTState:
-    """Read (B, T) tokens into a new state whose slabs are just large enough."""
-    chunks = context_ids.shape[1] // model.config.chunk_size + 64
-    memory = SlabMemory(slab_size=min(chunks, 4096))
-    state = model.new_state(context_ids.shape[0], memory=memory)
+    """Read (B, T) tokens into a new state."""
+    state = model.new_state(context_ids.shape[0])
     model.read(context_ids, state, segment_size=segment_size)
     return state
 
@@ -65,12 +62,20 @@ def ask(model: DRTForCausalLM, state: DRTState, question: NeedleQuestion) -> Ans
 
     Args:
         model: in evaluation mode.
-        state: a state of one row, its context ending where a chunk ends.
+        state: a state of one row that has read the context.
         question: the question and its right answer.
     """
     branch = state.fork()
     ids = torch.as_tensor(question.input_ids, device=model.device)[None]
-    out = model(ids, past_key_values=branch, logits_to_keep=1, output_retrievals=True)
+    ends = torch.zeros_like(ids, dtype=torch.bool)
+    ends[:, -1] = True
+    out = model(
+        ids,
+        past_key_values=branch,
+        chunk_ends=ends,
+        logits_to_keep=1,
+        output_retrievals=True,
+    )
     retrievals = tuple(Retrieval(*(part[:, -1:] for part in r)) for r in out.retrievals or ())
     said = [int(out.logits[0, -1].argmax())]
     while len(said) < len(question.answer_ids):

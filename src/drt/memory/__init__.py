@@ -1,7 +1,23 @@
 """The chunk memory: what has been read, as an object of its own."""
 
-from drt.memory.interface import ChunkMemory
-from drt.memory.slabs import SlabMemory
+from drt.memory.disk import DiskMemory
+from drt.memory.export import export_safetensors, import_safetensors
+from drt.memory.files import MemoryFormatError
+from drt.memory.interface import ChunkMemory, Chunks
+from drt.memory.ram import DeviceMemory, HostMemory
 from drt.memory.training import TrainingMemory
 
-__all__ = ["ChunkMemory", "SlabMemory", "TrainingMemory"]
+__all__ = [
+    "ChunkMemory",
+    "Chunks",
+    "DeviceMemory",
+    "DiskMemory",
+    "HostMemory",
+    "MemoryFormatError",
+    "TrainingMemory",
+    "export_safetensors",
+    "import_safetensors",
+]
+
+# Until drt/__init__.py, modeling.py and cli have moved on.
+SlabMemory = DeviceMemory

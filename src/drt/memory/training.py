@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,28 +24,61 @@ class TrainingMemory:
         self._landmarks: Tensor | None = None
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
+        self._lengths: Tensor | None = None
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """As `ChunkMemory.counts`."""
+        if self._landmarks is None:
+            return ()
+        batch, most = self._landmarks.shape[:2]
+        if self._lengths is None:
+            return (most,) * batch
+        return tuple((self._lengths > 0).sum(-1).tolist())
 
     def __len__(self) -> int:
-        return 0 if self._landmarks is None else self._landmarks.shape[1]
+        return sum(self.counts)
 
-    def append(self, landmarks: Tensor, keys: Tensor, values: Tensor) -> None:
+    def append(
+        self, landmarks: Tensor, keys: Tensor, values: Tensor, lengths: Tensor | None = None
+    ) -> None:
         """Set the chunks of the rows; a second call is refused."""
         if self._landmarks is not None:
             raise ValueError("a TrainingMemory is written once, with all chunks of its rows")
         self._landmarks, self._keys, self._values = landmarks, keys, values
+        self._lengths = lengths
 
-    def search(self, queries: Tensor, limits: Tensor, *, topk: int) -> Retrieval:
+    def search(
+        self, queries: Tensor, limits: Tensor, *, topk: int, firsts: Tensor | None = None
+    ) -> Retrieval:
         """As `ChunkMemory.search`, with noise on the choice and gradients through the scores."""
         assert self._landmarks is not None
         landmarks = self._landmarks.float()
         scores = queries.float() @ landmarks.transpose(1, 2) / math.sqrt(landmarks.shape[-1])
-        return select_chunks(scores, limits, topk=topk, noise=self.noise, generator=self.generator)
+        return select_chunks(
+            scores,
+            limits,
+            topk=topk,
+            firsts=firsts,
+            noise=self.noise,
+            generator=self.generator,
+        )
 
     def gather(self, indices: Tensor) -> Chunks:
-        """All chunks and the indices as they are: nothing is copied."""
+        """All chunks of all rows as one pool: nothing is copied."""
         assert self._keys is not None
         assert self._values is not None
-        return Chunks(self._keys, self._values, indices)
+        batch, most = self._keys.shape[:2]
+        row = torch.arange(batch, device=indices.device)[:, None, None]
+        pooled = torch.where(indices < 0, -1, indices + row * most)
+        lengths = None
+        if self._lengths is not None:
+            lengths = self._lengths.to(indices.device).flatten()
+        return Chunks(self._keys.flatten(0, 1), self._values.flatten(0, 1), lengths, pooled)
+
+    def select_rows(self, rows: Sequence[int]) -> TrainingMemory:
+        """Refused: a training step's memory ends with the step."""
+        raise ValueError("rows of a TrainingMemory cannot be selected")
 
     def fork(self) -> TrainingMemory:
         """Refused: a training step's memory ends with the step."""

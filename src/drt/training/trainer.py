@@ -80,7 +80,7 @@ class NeedleTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The weighted losses; the curriculum hears of that of the answers."""
-        outputs = model(input_ids=inputs["input_ids"])
+        outputs = model(input_ids=inputs["input_ids"], chunk_ends=inputs["chunk_ends"])
         losses = needle_losses(outputs.logits, inputs)
         self.curriculum.observe(int(inputs["step"]), float(losses.answer.detach()))
         for name, value in zip(self._sums, losses, strict=True):
