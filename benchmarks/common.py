@@ -5,7 +5,6 @@ import ctypes
 import gc
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -15,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
+from drt import hardware
 
 # glibc gives every block above 32 MB back to the kernel and pays page faults for the next one.
 # With these it keeps them, as tuned installations and other allocators do.
@@ -79,14 +78,19 @@ def peak_bytes(call: Callable[[], object]) -> int:
 
     Linux with glibc. Whatever the process does in other threads counts too.
     """
-    gc.collect()
-    # Pages that the allocator kept from earlier work would hide what the call needs.
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    before = resident_bytes()
     # Sets the kernel's high-water mark back to the present.
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
     call()
     return _status("VmHWM") - before
+
+
+def resident_bytes() -> int:
+    """Resident bytes of this process without garbage. Linux with glibc."""
+    gc.collect()
+    # Pages that the allocator kept from earlier work are nobody's.
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return _status("VmRSS")
 
 
 def _status(field: str) -> int:
@@ -105,19 +109,11 @@ def run_worker(job: Mapping[str, Any], *, environment: Mapping[str, str]) -> Any
 
 
 def hardware_line() -> str:
-    """Processor, threads and versions."""
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    found = re.search(r"model name\s*:\s*(.+)", text)
-    isa = torch.backends.cpu.get_cpu_capability()
-    return (
-        f"{found[1] if found else platform.processor()}, {os.cpu_count()} cores, {isa}; "
-        f"{torch.get_num_threads()} torch thread(s); torch {torch.__version__}, "
-        f"Python {platform.python_version()}, {platform.system()} {platform.release()}"
-    )
+    """Processor, threads and versions, as everywhere in this project."""
+    return hardware.describe()
 
 
-def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+def format_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A Markdown table."""
     cells = [list(header), *([str(cell) for cell in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
@@ -126,7 +122,12 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[objec
         for row in cells
     ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    print(f"\n{title}\n\n" + "\n".join(lines), flush=True)
+    return "\n".join(lines)
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A Markdown table under its title."""
+    print(f"\n{title}\n\n{format_table(header, rows)}", flush=True)
 
 
 def write_json(path: Path | None, results: Mapping[str, Any]) -> None:

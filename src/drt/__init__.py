@@ -3,7 +3,15 @@
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from drt.configuration import DRTConfig
-from drt.memory import ChunkMemory, DeviceMemory
+from drt.memory import (
+    ChunkMemory,
+    DeviceMemory,
+    DiskMemory,
+    HostMemory,
+    MemoryFormatError,
+    export_safetensors,
+    import_safetensors,
+)
 from drt.modeling import DRTCausalLMOutput, DRTForCausalLM
 from drt.ops.gca import grouped_cross_attention
 from drt.ops.window import sliding_window_attention
@@ -20,9 +28,14 @@ __all__ = [
     "DRTConfig",
     "DRTForCausalLM",
     "DRTState",
-    "Retrieval",
     "DeviceMemory",
+    "DiskMemory",
+    "HostMemory",
+    "MemoryFormatError",
+    "Retrieval",
     "__version__",
+    "export_safetensors",
     "grouped_cross_attention",
+    "import_safetensors",
     "sliding_window_attention",
 ]

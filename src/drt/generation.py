@@ -36,7 +36,9 @@ class DRTGeneration(GenerationMixin):
         rows = FinishedRows()
         previous = _FINISHED.set(rows)
         try:
-            out = super().generate(*args, **kwargs)
+            # Any: pyright cannot know what this class is mixed into.
+            parent: Any = super()
+            out = parent.generate(*args, **kwargs)
         finally:
             _FINISHED.reset(previous)
         if given is not None and rows.in_place:
@@ -48,7 +50,8 @@ class DRTGeneration(GenerationMixin):
 
     def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
         """The criteria, and a note of which rows they have stopped."""
-        return _NotingCriteria(super()._get_stopping_criteria(*args, **kwargs))
+        parent: Any = super()
+        return _NotingCriteria(parent._get_stopping_criteria(*args, **kwargs))
 
     def _prepare_cache_for_generation(
         self,
@@ -103,7 +106,8 @@ class DRTGeneration(GenerationMixin):
         ids, embeddings, mask = prompt
         ends = None
         if model.config.close_prompt_chunk and model.config.retrieval_groups:
-            ends = torch.zeros((embeddings if ids is None else ids).shape[:2], dtype=torch.bool)
+            given: Any = embeddings if ids is None else ids
+            ends = torch.zeros(given.shape[:2], dtype=torch.bool)
             ends[:, -1] = True
         if ids is None:
             return model(
@@ -130,10 +134,11 @@ class DRTGeneration(GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The last token of each row; none for rows that have come to their end."""
-        last = input_ids[:, -1:]
+        model: Any = self
+        last = input_ids[:, -1:].to(model.device)
         return {
             **kwargs,
-            "input_ids": last.to(self.device),
+            "input_ids": last,
             "past_key_values": past_key_values,
             "attention_mask": _FINISHED.get().mask(last),
         }
@@ -169,7 +174,7 @@ _FINISHED: ContextVar[FinishedRows] = ContextVar("finished_rows")
 class _NotingCriteria(StoppingCriteriaList):
     """Stopping criteria that tell the running `generate` which rows they stop."""
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         stopped = super().__call__(input_ids, scores, **kwargs)
         _FINISHED.get().note(stopped)
         return stopped

@@ -147,7 +147,7 @@ class ChunkAttention(DRTAttention):
     """
 
     def forward(self, hidden: Tensor, rotary: Rotary | None, lengths: Tensor | None) -> Tensor:
-        """(B, C, S + 1, E) -> (B, C, S + 1, E), reading `lengths` (B, C) positions of each chunk."""
+        """(B, C, S + 1, E) -> (B, C, S + 1, E); chunks have (B, C) `lengths` positions."""
         query, key, value = self.project(hidden, rotary)
         batch, count = hidden.shape[:2]
         own = torch.arange(count, device=hidden.device).view(1, count, 1).expand(batch, -1, -1)
@@ -172,10 +172,11 @@ class GroupedCrossAttention(nn.Module):
         """(B, num_blocks, Q, E) -> (B, num_blocks, Q, E)."""
         query = self.q_proj(blocks).unflatten(-1, (-1, self.head_dim))
         # The pool is one row's memory for the operator, and the blocks of all rows are its chunks.
+        # It may come from a run of another precision.
         out = grouped_cross_attention(
             query.flatten(0, 1)[None],
-            chunks.keys[None],
-            chunks.values[None],
+            chunks.keys[None].to(query.dtype),
+            chunks.values[None].to(query.dtype),
             chunks.indices.flatten(0, 1)[None],
             chunks.weights.flatten(0, 1)[None],
             key_lengths=None if chunks.lengths is None else chunks.lengths[None],
@@ -229,7 +230,7 @@ class DRTEncoderLayer(GradientCheckpointingLayer):
         self.mlp = DRTMLP(config)
 
     def forward(self, hidden: Tensor, rotary: Rotary | None, lengths: Tensor | None) -> Tensor:
-        """(B, C, S + 1, E) -> (B, C, S + 1, E), reading `lengths` (B, C) positions of each chunk."""
+        """(B, C, S + 1, E) -> (B, C, S + 1, E); chunks have (B, C) `lengths` positions."""
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotary, lengths)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 

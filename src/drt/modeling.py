@@ -6,11 +6,11 @@ docs/method.md for the equations and for each deviation from arXiv 2410.01651.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
@@ -18,6 +18,7 @@ from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
+from drt.arguments import check_state, loss_kwargs, make_marks, move_right
 from drt.chunking import ChunkRules, Cursor, Marks, SegmentLayout, plan_segment
 from drt.configuration import DRTConfig
 from drt.generation import DRTGeneration
@@ -31,6 +32,7 @@ from drt.layers import (
 )
 from drt.memory import ChunkMemory, TrainingMemory
 from drt.retrieval import Retrieval, RetrievedChunks
+from drt.saved_state import load_state, model_fingerprint, save_state
 from drt.state import CurrentRetrieval, DRTState
 
 
@@ -186,7 +188,8 @@ class DRTModel(DRTPreTrainedModel):
         if layout.num_closed:
             lengths = layout.chunk_lengths
             on_device = None if lengths is None else lengths.to(hidden.device)
-            memory.append(*self.chunk_encoder(closed, on_device), lengths)
+            chunks = self.chunk_encoder(closed, on_device)
+            memory.append(chunks.landmarks, chunks.keys, chunks.values, lengths)
         return memory
 
     def _retrieve(
@@ -223,6 +226,59 @@ class DRTForCausalLM(DRTPreTrainedModel, DRTGeneration, GenerationMixin):
             memory: an empty memory to write to; None = a `DeviceMemory`.
         """
         return DRTState(self.config, batch_size, memory=memory)
+
+    def fingerprint(self) -> str:
+        """A hash of the weights, by which saved states know their model; computed at each call."""
+        return model_fingerprint(self)
+
+    def save_state(
+        self,
+        state: DRTState,
+        folder: str | Path,
+        *,
+        fingerprint: Mapping[str, str] | None = None,
+        notes: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Save a state of one row, memory and all, to be continued in another process.
+
+        Args:
+            state: what this model has read.
+            folder: where to. A memory that lives there already is committed, not copied.
+            fingerprint: what else to check when it is loaded, say {"tokenizer": ...}.
+            notes: anything that JSON can hold, given back by `load_state`.
+
+        Raises:
+            ValueError: the state has several rows, or the folder holds another memory.
+            OSError: the folder cannot be written.
+        """
+        marks = {"model": self.fingerprint(), **(fingerprint or {})}
+        save_state(state, folder, fingerprint=marks, notes=notes)
+
+    def load_state(
+        self,
+        folder: str | Path,
+        *,
+        writable: bool = False,
+        fingerprint: Mapping[str, str] | None = None,
+    ) -> tuple[DRTState, dict[str, Any]]:
+        """Load what `save_state` wrote; keys and values stay on disk until they are retrieved.
+
+        Args:
+            folder: where it is.
+            writable: whether what is read from here on goes to the folder; else it stays in memory.
+            fingerprint: what must have been given to `save_state`.
+
+        Returns:
+            The state, and the notes that were saved with it.
+
+        Raises:
+            MemoryFormatError: nothing of the kind is there, it is damaged, or of another model.
+            BlockingIOError: it is to be written and somebody else is writing.
+        """
+        marks = {"model": self.fingerprint(), **(fingerprint or {})}
+        return load_state(
+            folder, self.config, fingerprint=marks, device=self.device, writable=writable
+        )
 
     def forward(
         self,
@@ -266,15 +322,15 @@ class DRTForCausalLM(DRTPreTrainedModel, DRTGeneration, GenerationMixin):
         Raises:
             ValueError: ids, masks or a state of a wrong shape, or an unknown argument.
         """
-        loss_kwargs = _loss_kwargs(kwargs)
+        extra = loss_kwargs(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         embeddings = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         state = past_key_values
         if state is None and use_cache:
             state = self.new_state(embeddings.shape[0])
-        _check_state(state, embeddings)
-        marks = _marks(embeddings, attention_mask, chunk_ends, document_ids)
+        check_state(state, embeddings)
+        marks = make_marks(embeddings, attention_mask, chunk_ends, document_ids)
         if state is not None and input_ids is not None:
             state.note_ids(input_ids)
         if self.training and state is None and self._closes_early:
@@ -284,7 +340,7 @@ class DRTForCausalLM(DRTPreTrainedModel, DRTGeneration, GenerationMixin):
         loss = None
         if labels is not None:
             vocab_size = self.config.vocab_size
-            loss = self.loss_function(logits, labels, vocab_size=vocab_size, **loss_kwargs)
+            loss = self.loss_function(logits, labels, vocab_size=vocab_size, **extra)
         return DRTCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -318,7 +374,9 @@ class DRTForCausalLM(DRTPreTrainedModel, DRTGeneration, GenerationMixin):
         state: DRTState,
         *,
         attention_mask: Tensor | None = None,
+        chunk_ends: Tensor | None = None,
         segment_size: int = 4096,
+        complete: bool = True,
     ) -> None:
         """Read a text of any length into a state, in segments, without logits.
 
@@ -330,17 +388,20 @@ class DRTForCausalLM(DRTPreTrainedModel, DRTGeneration, GenerationMixin):
             input_ids: (B, T) int64 content tokens.
             state: the state to extend.
             attention_mask: (B, T), 0 = padding, anywhere; None = no padding.
+            chunk_ends: (B, T) bool, where chunks close although they are not full.
             segment_size: tokens of one forward; bounds the working memory.
+            complete: False leaves out the upper layers altogether: right when more text follows,
+                at least `reach` tokens in the read that completes the state.
         """
         if segment_size < 1:
             raise ValueError(f"segment_size must be at least 1, got {segment_size}")
-        _check_state(state, input_ids)
-        content = _marks(input_ids, attention_mask, None, None).content
+        check_state(state, input_ids)
+        marks = make_marks(input_ids, attention_mask, chunk_ends, None)
         state.note_ids(input_ids)
-        if content is not None:
-            input_ids, content = _to_the_right(input_ids, content)
-        length = input_ids.shape[1]
-        tail = max(length - self._reach(), 0)
+        if marks.content is not None:
+            input_ids, marks = move_right(input_ids, marks)
+        content, length = marks.content, input_ids.shape[1]
+        tail = max(length - self.reach, 0) if complete else length
         first = 0
         if tail and self.config.retrieval_groups:
             state.forget_layers(self.config.num_lower_layers)
@@ -348,12 +409,12 @@ class DRTForCausalLM(DRTPreTrainedModel, DRTGeneration, GenerationMixin):
             state.skip(content[:, :tail].sum(-1).tolist() if content is not None else tail)
             first = tail
         for begin, end in _segments(first, length, tail, segment_size):
-            part = slice(begin, end)
-            marks = Marks(content=None if content is None else content[:, part])
-            embeddings = self.model.embed_tokens(input_ids[:, part])
-            self.model(embeddings, state, marks=marks, memory_only=end <= tail)
+            part = Marks(*(mark if mark is None else mark[:, begin:end] for mark in marks))
+            embeddings = self.model.embed_tokens(input_ids[:, begin:end])
+            self.model(embeddings, state, marks=part, memory_only=end <= tail)
 
-    def _reach(self) -> int:
+    @property
+    def reach(self) -> int:
         """Tokens before a position that the layers above the memory can see from it."""
         config = self.config
         groups = len(config.retrieval_groups)
@@ -430,74 +491,3 @@ def _compact(chunks: RetrievedChunks) -> RetrievedChunks:
         order.masked_fill(chunks.indices < 0, -1),
         chunks.weights,
     )
-
-
-def _check_state(state: Any, columns: Tensor) -> None:
-    if state is None:
-        return
-    if not isinstance(state, DRTState):
-        raise ValueError(
-            f"past_key_values must be a DRTState, got {type(state).__name__}; "
-            "make one with model.new_state(batch_size)"
-        )
-    if state.batch_size != columns.shape[0]:
-        raise ValueError(f"the state has {state.batch_size} rows, the input has {columns.shape[0]}")
-
-
-def _marks(
-    columns: Tensor,
-    attention_mask: Tensor | None,
-    chunk_ends: Tensor | None,
-    document_ids: Tensor | None,
-) -> Marks:
-    """What is said of the (B, T) columns, on the host, where layouts are made."""
-    batch, length = columns.shape[:2]
-    content = None
-    if attention_mask is not None:
-        if attention_mask.dim() != 2 or attention_mask.shape[0] != batch:
-            raise ValueError(
-                f"attention_mask must be (B, T) = ({batch}, {length}) or (B, past + T), "
-                f"got shape {tuple(attention_mask.shape)}"
-            )
-        if attention_mask.shape[1] < length:
-            raise ValueError(
-                f"attention_mask has {attention_mask.shape[1]} columns, the input has {length}"
-            )
-        content = _host(attention_mask[:, attention_mask.shape[1] - length :] != 0)
-        content = None if content.all() else content
-    for name, mark in (("chunk_ends", chunk_ends), ("document_ids", document_ids)):
-        if mark is not None and mark.shape != (batch, length):
-            raise ValueError(
-                f"{name} must be (B, T) = ({batch}, {length}), got {tuple(mark.shape)}"
-            )
-    if chunk_ends is not None and chunk_ends.dtype != torch.bool:
-        raise ValueError(f"chunk_ends must be bool, got {chunk_ends.dtype}")
-    return Marks(
-        content,
-        None if chunk_ends is None else _host(chunk_ends),
-        None if document_ids is None else _host(document_ids),
-    )
-
-
-def _host(mark: Tensor) -> np.ndarray:
-    return mark.detach().cpu().numpy()
-
-
-def _to_the_right(input_ids: Tensor, content: np.ndarray) -> tuple[Tensor, np.ndarray]:
-    """Move each row's padding before its content."""
-    order = np.argsort(content, axis=1, kind="stable")
-    index = torch.from_numpy(order).to(input_ids.device)
-    return input_ids.gather(1, index), np.take_along_axis(content, order, axis=1)
-
-
-def _loss_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What the loss reads among `kwargs`; anything else that asks for something is refused."""
-    wanted = dict(kwargs)
-    found = {key: wanted.pop(key) for key in ("num_items_in_batch",) if key in wanted}
-    # transformers passes these by itself; both are how this model answers anyway.
-    if wanted.pop("return_dict", True) is False:
-        raise ValueError("return_dict=False is not supported")
-    unknown = [key for key, value in wanted.items() if value not in (None, False)]
-    if unknown:
-        raise ValueError(f"DRTForCausalLM.forward does not know the arguments {unknown}")
-    return found

@@ -20,7 +20,6 @@ from drt.configuration import DRTConfig
 from drt.memory import ChunkMemory, DeviceMemory
 from drt.retrieval import RetrievedChunks
 
-
 # Ids by which a text that was read is recognized.
 _NUM_RECENT = 64
 
@@ -68,7 +67,7 @@ class WindowCache:
         self, cached: Tensor | None, new: Tensor, layout: SegmentLayout
     ) -> tuple[Tensor, Tensor]:
         """Cached and new positions, and what to keep of them."""
-        joined = new if cached is None else torch.cat([cached, new], dim=2)
+        joined = new if cached is None else torch.cat([cached.to(new.dtype), new], dim=2)
         kept = max(self.lengths)
         if layout.is_even:
             # A copy, or the slice would keep the whole segment alive.
@@ -145,8 +144,9 @@ class DRTState(Cache):
         self.current: list[CurrentRetrieval | None] = [None] * len(config.retrieval_groups)
         """Per group, the chunks that the open block attends to."""
         self.memory: ChunkMemory = DeviceMemory() if memory is None else memory
+        self.num_columns = 0
+        """Columns of ids read, padding among them."""
         self._recent_ids: list[Tensor] = []
-        self._num_columns = 0
 
     @property
     def num_tokens(self) -> list[int]:
@@ -184,9 +184,20 @@ class DRTState(Cache):
             for cursor, count in zip(self.cursors, counts, strict=True)
         ]
 
+    @property
+    def recent_ids(self) -> Tensor | None:
+        """(B, n) int64, the last ids that were read, padding among them."""
+        if not self._recent_ids:
+            return None
+        return torch.cat(self._recent_ids, dim=1)[:, -_NUM_RECENT:]
+
+    @recent_ids.setter
+    def recent_ids(self, ids: Tensor | None) -> None:
+        self._recent_ids = [] if ids is None else [ids]
+
     def note_ids(self, input_ids: Tensor) -> None:
         """Remember the last ids that were read, (B, T), to recognize them."""
-        self._num_columns += input_ids.shape[1]
+        self.num_columns += input_ids.shape[1]
         self._recent_ids.append(input_ids[:, -_NUM_RECENT:].clone())
         del self._recent_ids[:-_NUM_RECENT]
 
@@ -196,10 +207,10 @@ class DRTState(Cache):
         Raises:
             ValueError: they do; they would be read twice.
         """
-        read, length = self._num_columns, input_ids.shape[1]
-        if not self._recent_ids or not read or length < read:
+        read, length = self.num_columns, input_ids.shape[1]
+        recent = self.recent_ids
+        if recent is None or not read or length < read:
             return
-        recent = torch.cat(self._recent_ids, dim=1)[:, -_NUM_RECENT:]
         if torch.equal(recent, input_ids[:, read - recent.shape[1] : read].to(recent.device)):
             raise ValueError(
                 f"input_ids begin with the {read} tokens that the state has read: pass only what "
@@ -260,10 +271,10 @@ class DRTState(Cache):
         if self.opened is not None:
             self.opened = self.opened[beam_idx]
         self.current = [held and held.select_rows(beam_idx) for held in self.current]
-        if self._recent_ids:
-            recent = torch.cat(self._recent_ids, dim=1)[:, -_NUM_RECENT:]
-            self._recent_ids = [recent[beam_idx]]
-        self.memory = self.memory.select_rows(rows)
+        if self.recent_ids is not None:
+            self.recent_ids = self.recent_ids[beam_idx]
+        # Nothing is known of the rows of a memory that is empty.
+        self.memory = self.memory.select_rows(rows) if len(self.memory) else self.memory.fork()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row, copies side by side; they share the memory."""

@@ -13,7 +13,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from drt.memory import DeviceMemory, DiskMemory, HostMemory, MemoryFormatError
+from drt.memory import (
+    DeviceMemory,
+    DiskMemory,
+    HostMemory,
+    MemoryFormatError,
+    repair_memory,
+)
 
 MADE_BY = {"model": "m", "tokenizer": "t"}
 
@@ -145,6 +151,20 @@ def test_a_fork_of_a_writer_outlives_it(oracle: Any, tmp_path: Path) -> None:
     assert torch.equal(mine[0][10], oracle.make_chunks([1], 1).keys[0, 0])
 
 
+def test_a_memory_of_no_chunks_is_one(oracle: Any, tmp_path: Path) -> None:
+    memory = DeviceMemory()
+    memory.append(*oracle.make_chunks([0, 1], 0))
+    memory.save(tmp_path / "saved", fingerprint=MADE_BY)
+    with create(tmp_path / "made") as made:
+        made.append(*oracle.make_chunks([0], 0))
+    for name in ("saved", "made"):
+        with DiskMemory.open(tmp_path / name, writable=True) as memory:
+            assert memory.counts == (0,)
+            assert memory.search(torch.ones(1, 1, 6), torch.ones(1, 1), topk=2).indices.eq(-1).all()
+            memory.append(*oracle.make_chunks([1], 0))
+            assert memory.counts == (1,)
+
+
 def test_truncating_forgets_and_files_go(oracle: Any, tmp_path: Path) -> None:
     memory = filled(tmp_path, oracle)
     fork, before = memory.fork(), gathered(memory)
@@ -261,6 +281,36 @@ def test_a_damaged_record_is_named_when_it_is_read(oracle: Any, tmp_path: Path) 
         assert caught.value.chunk == 7
     with DiskMemory.open(tmp_path, verify_reads=False) as memory:
         assert len(gathered(memory)[0]) == 10
+
+
+REPAIRS: dict[str, tuple[Callable[[Path], None], int]] = {
+    "nothing": (lambda folder: None, 10),
+    "record": (_edit("records.1.bin", 192 * 3 + 7, b"\xaa\xbb"), 7),
+    "landmark": (_edit("landmarks.1.bin", 24 * 2 + 3, b"\xaa\xbb"), 6),
+    "journal": (_edit("journal.bin", 24 * 3 + 8, b"\xaa\xbb"), 3),
+    "cut records": (_cut("records.2.bin", 191), 8),
+    "cut landmarks": (_cut("landmarks.2.bin", 47), 9),
+    "no records": (lambda folder: (folder / "records.1.bin").unlink(), 4),
+}
+
+
+@pytest.mark.parametrize("name", REPAIRS)
+def test_a_repair_keeps_the_chunks_before_the_damage(
+    oracle: Any, tmp_path: Path, name: str
+) -> None:
+    damage, kept = REPAIRS[name]
+    filled(tmp_path, oracle).close()
+    damage(tmp_path)
+    assert repair_memory(tmp_path) == kept
+    with DiskMemory.open(tmp_path, writable=True) as memory:
+        assert len(memory) == kept
+        with pytest.raises(BlockingIOError):
+            repair_memory(tmp_path)
+        memory.append(*oracle.make_chunks([5], 1))
+        memory.verify()
+    (tmp_path / "journal.bin").unlink()
+    with pytest.raises(MemoryFormatError, match=r"journal.bin is missing"):
+        repair_memory(tmp_path)
 
 
 def test_another_fingerprint_is_refused(oracle: Any, tmp_path: Path) -> None:

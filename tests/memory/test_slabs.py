@@ -81,6 +81,17 @@ def test_any_pieces_of_unequal_rows(
     assert_search(memory, wanted, seed, topk=3)
 
 
+@pytest.mark.parametrize("scan", ["float32", "bfloat16"])
+def test_rows_without_chunks_beside_others(oracle: Any, scan: Any) -> None:
+    memory, wanted = DeviceMemory(scan=scan), oracle.memory()
+    made = oracle.make_chunks([0, 5, 3], 0)
+    memory.append(*made)
+    wanted.append(made)
+    assert_same(memory, wanted)
+    # As many candidates as chunks: the rounded scan misses none.
+    assert_search(memory, wanted, seed=0, topk=3)
+
+
 @settings(max_examples=60)
 @given(st.sampled_from(KINDS), st.integers(0, 10**6), st.integers(1, 40))
 def test_forks_and_selections_between_appends(

@@ -5,6 +5,7 @@ from drt.memory.export import export_safetensors, import_safetensors
 from drt.memory.files import MemoryFormatError
 from drt.memory.interface import ChunkMemory, Chunks
 from drt.memory.ram import DeviceMemory, HostMemory
+from drt.memory.repair import repair_memory
 from drt.memory.training import TrainingMemory
 
 __all__ = [
@@ -17,7 +18,5 @@ __all__ = [
     "TrainingMemory",
     "export_safetensors",
     "import_safetensors",
+    "repair_memory",
 ]
-
-# Until drt/__init__.py, modeling.py and cli have moved on.
-SlabMemory = DeviceMemory

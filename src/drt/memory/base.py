@@ -162,6 +162,18 @@ class InferenceMemory(ABC):
         other._rows = [self._rows[row].copy() for row in rows]
         return other
 
+    def prefix(self, num_chunks: int) -> InferenceMemory:
+        """A fork that knows only the first chunks of each row.
+
+        Raises:
+            ValueError: a negative number, or more than some row has.
+        """
+        if not 0 <= num_chunks <= min(self.counts, default=0):
+            raise ValueError(f"num_chunks must be 0 to {min(self.counts, default=0)}: {num_chunks}")
+        other = self.fork()
+        other._rows = [row.prefix(num_chunks) for row in self._rows]
+        return other
+
     def bytes_by_tier(self) -> dict[Tier, int]:
         """Bytes allocated on the "device", in the "host"'s memory and on "disk".
 
@@ -285,7 +297,7 @@ class InferenceMemory(ABC):
             return search_tiles(exact, queries, bounds, topk=topk)
         rounded = [slab.scanned[:used] for slab, used in row.views]
         found = search_tiles(rounded, queries.bfloat16(), bounds, topk=OVERFETCH * topk)
-        return rescored(exact, queries, found, topk=topk) if exact else found
+        return rescored(exact, queries, found, topk=topk)
 
     def _read(self, keys: np.ndarray, layout: Layout) -> tuple[Tensor, np.ndarray]:
         """Records and lengths of (M,) ascending keys of `Row.keys`."""

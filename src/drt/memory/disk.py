@@ -144,6 +144,8 @@ class DiskMemory(InferenceMemory):
         self._check_writable()
         self._layout = layout
         self._rows = self._rows or [Row()]
+        # A memory of no chunks is one too.
+        self._journal = self._journal or self._make_files()
         for chunks in blocks:
             self._append_row(self._rows[0], chunks)
 
@@ -242,12 +244,12 @@ class DiskMemory(InferenceMemory):
     def _append_row(self, row: Row, chunks: EncodedChunks) -> None:
         if not self.writable:
             super()._append_row(row, chunks)
-        elif len(chunks.lengths):
+        else:
             self._write(row, chunks)
 
     def _write(self, row: Row, chunks: EncodedChunks) -> None:
         """Records, landmarks, then the journal: all chunks or none."""
-        journal = self._journal or self._make_files()
+        self._journal = self._journal or self._make_files()
         landmarks = _landmark_bytes(chunks)
         entries = make_entries(row.count, chunks.lengths, landmarks, chunks.records.numpy())
         parts = list(self._parts(row, len(entries)))
@@ -255,7 +257,7 @@ class DiskMemory(InferenceMemory):
             slab.write(chunks.part(part.start, part.stop), landmarks[part])
             if self._fsync == "always":
                 slab.sync()
-        journal.append(entries, sync=self._fsync == "always")
+        self._journal.append(entries, sync=self._fsync == "always")
         for slab, part in parts:
             slab.publish(chunks.part(part.start, part.stop), entries[part])
             if slab.filled == part.stop - part.start:
@@ -284,13 +286,9 @@ class DiskMemory(InferenceMemory):
 
     def _make_files(self) -> Journal:
         assert self._layout is not None
-        self._journal = Journal(self.folder, mode="make")
-        try:
-            self._manifest(self._layout).write(self.folder)
-        except OSError:
-            self._journal = None
-            raise
-        return self._journal
+        journal = Journal(self.folder, mode="make")
+        self._manifest(self._layout).write(self.folder)
+        return journal
 
     def _manifest(self, layout: Layout) -> Manifest:
         size = self.options.slab_size

@@ -48,8 +48,9 @@ class DiskSlab(Slab):
         self._landmark_checksums = np.empty(capacity, dtype=np.uint32)
         self._landmark_bytes = layout.landmark_size * layout.landmark_dtype.itemsize
         self._landmark_dtype = layout.landmark_dtype
-        self._records = BinaryFile(folder / f"records.{index}.bin", mode=mode)
-        self._landmarks = BinaryFile(folder / f"landmarks.{index}.bin", mode=mode)
+        self._records = BinaryFile(folder / f"records.{index}.bin", mode=mode, chunk=self.first)
+        path = folder / f"landmarks.{index}.bin"
+        self._landmarks = BinaryFile(path, mode=mode, chunk=self.first)
 
     def load(self, entries: np.ndarray) -> None:
         """Take in chunks that the journal names, behind those that are here.
@@ -58,10 +59,8 @@ class DiskSlab(Slab):
             MemoryFormatError: a file is shorter than the journal says, or a landmark is damaged.
         """
         stop = self.filled + len(entries)
-        needed = stop * self.record_bytes
-        if self._records.size < needed:
-            sizes = f"{self._records.size} of {needed} bytes"
-            raise MemoryFormatError(f"{self._records.path} is cut short: {sizes}")
+        self._check_size(self._records, self.record_bytes, stop)
+        self._check_size(self._landmarks, self._landmark_bytes, stop)
         rows = self._read_landmarks(self.filled, entries["landmark"])
         landmarks = torch.from_numpy(rows).view(self._landmark_dtype)
         self.publish(EncodedChunks(landmarks, torch.empty(0), entries["length"]), entries)
@@ -128,6 +127,12 @@ class DiskSlab(Slab):
         found = super().num_bytes()
         found["disk"] += self.filled * (self.record_bytes + self._landmark_bytes)
         return found
+
+    def _check_size(self, file: BinaryFile, row_bytes: int, count: int) -> None:
+        if file.size < count * row_bytes:
+            first = self.first + file.size // row_bytes
+            sizes = f"{file.size} of {count * row_bytes} bytes"
+            raise MemoryFormatError(f"{file.path} is cut short: {sizes}", chunk=first)
 
     def _read(self, positions: np.ndarray, rows: np.ndarray) -> None:
         borders = [0, *(np.flatnonzero(np.diff(positions) != 1) + 1).tolist(), len(positions)]

@@ -51,17 +51,18 @@ class BinaryFile:
     Args:
         path: the file.
         mode: what it is opened for.
+        chunk: the first one that the file holds, for the error.
 
     Raises:
         MemoryFormatError: it is not there and is not to be made.
     """
 
-    def __init__(self, path: Path, *, mode: FileMode) -> None:
+    def __init__(self, path: Path, *, mode: FileMode, chunk: int | None = None) -> None:
         self.path = path
         try:
             self._descriptor = os.open(path, _FLAGS[mode], 0o644)
         except FileNotFoundError as error:
-            raise MemoryFormatError(f"{path} is missing") from error
+            raise MemoryFormatError(f"{path} is missing", chunk=chunk) from error
         weakref.finalize(self, os.close, self._descriptor)
 
     @property

@@ -45,6 +45,15 @@ class Row:
         """A row with the same chunks that grows on its own, in slabs that start small again."""
         return Row(list(self.views))
 
+    def prefix(self, count: int) -> Row:
+        """A row with the first `count` chunks that grows on its own."""
+        views = []
+        for slab, used in self.views:
+            if count > 0:
+                views.append(View(slab, min(used, count)))
+            count -= used
+        return Row(views)
+
     def append(
         self, chunks: EncodedChunks, new_slab: Callable[[int], RamSlab], largest: int
     ) -> None:

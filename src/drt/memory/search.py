@@ -115,7 +115,8 @@ def _tiles(segments: Sequence[Tensor], low: int, high: int, size: int) -> Iterat
         stop = start + segment.shape[0]
         while position < min(stop, high):
             end = min(stop, high, tile_start + size)
-            pieces.append(segment[position - start : end - start])
+            whole = position == start and end == stop
+            pieces.append(segment if whole else segment[position - start : end - start])
             position = end
             if position in (tile_start + size, high):
                 yield _Tile(tile_start, position, pieces)
@@ -129,7 +130,8 @@ def _scores(queries: Tensor, part: _Tile, buffer: Tensor) -> Tensor:
     start = 0
     for piece in part.pieces:
         stop = start + piece.shape[0]
-        torch.mm(queries, piece.to(queries.dtype).t(), out=scores[:, start:stop])
+        piece = piece if piece.dtype == queries.dtype else piece.to(queries.dtype)
+        torch.mm(queries, piece.t(), out=scores[:, start:stop])
         start = stop
     return scores
 
@@ -193,11 +195,20 @@ def rescored(segments: Sequence[Tensor], queries: Tensor, found: Best, *, topk: 
         found: (n, J) candidates.
         topk: how many K, at most J.
     """
-    wanted, inverse = found.indices.clamp(min=0).unique(return_inverse=True)
+    if not segments:
+        return Best(found.scores[:, :topk], found.indices[:, :topk])
+    blocks = zip(queries.split(QUERY_BLOCK), found.indices.split(QUERY_BLOCK), strict=True)
+    best = [_rescored_block(segments, part, indices, topk) for part, indices in blocks]
+    return best[0] if len(best) == 1 else Best(*map(torch.cat, zip(*best, strict=True)))
+
+
+def _rescored_block(
+    segments: Sequence[Tensor], queries: Tensor, indices: Tensor, topk: int
+) -> Best:
+    wanted, inverse = indices.clamp(min=0).unique(return_inverse=True)
     scores = (queries @ _rows(segments, wanted).float().t()).gather(1, inverse)
-    scores = scores.masked_fill(found.indices < 0, float("-inf"))
-    best, order = scores.topk(topk, dim=1)
-    return Best(best, found.indices.gather(1, order))
+    best, order = scores.masked_fill(indices < 0, float("-inf")).topk(topk, dim=1)
+    return Best(best, indices.gather(1, order))
 
 
 def _rows(segments: Sequence[Tensor], wanted: Tensor) -> Tensor:

@@ -1,0 +1,86 @@
+"""What callers hand to the model: checked, and brought to the host where layouts are made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from drt.chunking import Marks
+from drt.state import DRTState
+
+
+def check_state(state: Any, columns: Tensor) -> None:
+    """Refuse what is no `DRTState`, or one of other rows than (B, T) columns have."""
+    if state is None:
+        return
+    if not isinstance(state, DRTState):
+        raise ValueError(
+            f"past_key_values must be a DRTState, got {type(state).__name__}; "
+            "make one with model.new_state(batch_size)"
+        )
+    if state.batch_size != columns.shape[0]:
+        raise ValueError(f"the state has {state.batch_size} rows, the input has {columns.shape[0]}")
+
+
+def make_marks(
+    columns: Tensor,
+    attention_mask: Tensor | None,
+    chunk_ends: Tensor | None,
+    document_ids: Tensor | None,
+) -> Marks:
+    """What is said of the (B, T) columns, on the host, where layouts are made."""
+    batch, length = columns.shape[:2]
+    content = None
+    if attention_mask is not None:
+        if attention_mask.dim() != 2 or attention_mask.shape[0] != batch:
+            raise ValueError(
+                f"attention_mask must be (B, T) = ({batch}, {length}) or (B, past + T), "
+                f"got shape {tuple(attention_mask.shape)}"
+            )
+        if attention_mask.shape[1] < length:
+            raise ValueError(
+                f"attention_mask has {attention_mask.shape[1]} columns, the input has {length}"
+            )
+        content = _host(attention_mask[:, attention_mask.shape[1] - length :] != 0)
+        content = None if content.all() else content
+    for name, mark in (("chunk_ends", chunk_ends), ("document_ids", document_ids)):
+        if mark is not None and mark.shape != (batch, length):
+            raise ValueError(
+                f"{name} must be (B, T) = ({batch}, {length}), got {tuple(mark.shape)}"
+            )
+    if chunk_ends is not None and chunk_ends.dtype != torch.bool:
+        raise ValueError(f"chunk_ends must be bool, got {chunk_ends.dtype}")
+    return Marks(
+        content,
+        None if chunk_ends is None else _host(chunk_ends),
+        None if document_ids is None else _host(document_ids),
+    )
+
+
+def _host(mark: Tensor) -> np.ndarray:
+    return mark.detach().cpu().numpy()
+
+
+def move_right(input_ids: Tensor, marks: Marks) -> tuple[Tensor, Marks]:
+    """Move each row's padding before its content."""
+    assert marks.content is not None
+    order = np.argsort(marks.content, axis=1, kind="stable")
+    index = torch.from_numpy(order).to(input_ids.device)
+    moved = (mark if mark is None else np.take_along_axis(mark, order, axis=1) for mark in marks)
+    return input_ids.gather(1, index), Marks(*moved)
+
+
+def loss_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What the loss reads among `kwargs`; anything else that asks for something is refused."""
+    wanted = dict(kwargs)
+    found = {key: wanted.pop(key) for key in ("num_items_in_batch",) if key in wanted}
+    # transformers passes these by itself; both are how this model answers anyway.
+    if wanted.pop("return_dict", True) is False:
+        raise ValueError("return_dict=False is not supported")
+    unknown = [key for key, value in wanted.items() if value not in (None, False)]
+    if unknown:
+        raise ValueError(f"DRTForCausalLM.forward does not know the arguments {unknown}")
+    return found

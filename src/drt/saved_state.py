@@ -1,0 +1,204 @@
+"""A decoding state in a folder: its memory, and beside it `state.safetensors` with all the rest.
+
+The file is replaced as a whole, and names how many chunks it goes with; chunks that were written
+after it are no part of the state. So whoever dies in between loses only what came after.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from drt.chunking import Cursor
+from drt.configuration import DRTConfig
+from drt.memory import DiskMemory, MemoryFormatError
+from drt.memory.base import InferenceMemory
+from drt.retrieval import RetrievedChunks
+from drt.state import CurrentRetrieval, DRTState
+
+STATE_FILE = "state.safetensors"
+FORMAT, VERSION = "drt-state", 1
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """A hash of the model's weights, their names, shapes and dtypes: 32 hexadecimal digits."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save_state(
+    state: DRTState,
+    folder: str | Path,
+    *,
+    fingerprint: Mapping[str, str],
+    notes: Mapping[str, Any] | None = None,
+) -> None:
+    """Save a state of one row.
+
+    Args:
+        state: the state. If its memory is a `DiskMemory` of this very folder it is committed there;
+            any other memory is written to the folder, which must then hold none.
+        folder: where to.
+        fingerprint: what made the state, {"model": ..., "tokenizer": ...}; checked when loading.
+        notes: anything that JSON can hold, given back by `load_state`.
+
+    Raises:
+        ValueError: the state has several rows, or the folder holds another memory.
+        OSError: the folder cannot be written.
+    """
+    if state.batch_size != 1:
+        raise ValueError(
+            f"the state has {state.batch_size} rows, a folder holds one: "
+            "fork the state, select a row with batch_select_indices and save that"
+        )
+    folder, memory = Path(folder), state.memory
+    if isinstance(memory, DiskMemory) and memory.writable and memory.folder == folder:
+        memory.commit()
+    elif len(memory):
+        assert isinstance(memory, InferenceMemory)
+        memory.save(folder, fingerprint=fingerprint)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+    header = {
+        "format": FORMAT,
+        "version": VERSION,
+        "fingerprint": dict(fingerprint),
+        "cursor": asdict(state.cursors[0]),
+        "window_lengths": [window.lengths for window in state.windows],
+        "num_columns": state.num_columns,
+        "notes": dict(notes or {}),
+    }
+    _replace(folder / STATE_FILE, _tensors(state), {"drt": json.dumps(header)})
+
+
+def _tensors(state: DRTState) -> dict[str, Tensor]:
+    """What of a state is tensors; chunks that are retrieved stay in the memory."""
+    tensors: dict[str, Tensor | None] = {"opened": state.opened, "recent_ids": state.recent_ids}
+    for number, window in enumerate(state.windows):
+        tensors[f"windows.{number}.keys"] = window.keys
+        tensors[f"windows.{number}.values"] = window.values
+    for group, current in enumerate(state.current):
+        if current is not None:
+            tensors[f"current.{group}.numbers"] = current.numbers
+            tensors[f"current.{group}.weights"] = current.chunks.weights
+    return {name: x.cpu().contiguous() for name, x in tensors.items() if x is not None}
+
+
+def _replace(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a file beside the old one and put it in its place."""
+    partial = file.with_suffix(".partial")
+    save_file(tensors, partial, metadata=metadata)
+    with partial.open("rb") as written:
+        os.fsync(written.fileno())
+    partial.replace(file)
+
+
+def load_state(
+    folder: str | Path,
+    config: DRTConfig,
+    *,
+    fingerprint: Mapping[str, str],
+    device: torch.device,
+    writable: bool = False,
+) -> tuple[DRTState, dict[str, Any]]:
+    """Load what `save_state` wrote.
+
+    Args:
+        folder: where it is.
+        config: the model's configuration.
+        fingerprint: what must have made it.
+        device: the model's device.
+        writable: whether what is read from here on goes to the folder; else it stays in memory.
+
+    Returns:
+        The state, and the notes that were saved with it.
+
+    Raises:
+        MemoryFormatError: nothing of the kind is there, it is damaged, or another model's.
+        BlockingIOError: it is to be written and somebody else is writing.
+    """
+    file = Path(folder) / STATE_FILE
+    header, tensors = _read(file, device)
+    for key, wanted in fingerprint.items():
+        found = header["fingerprint"].get(key)
+        if found != wanted:
+            raise MemoryFormatError(
+                f"{file} was made by another {key}: its fingerprint is {found}, not {wanted}"
+            )
+    cursor = Cursor(
+        **{**header["cursor"], "recent_starts": tuple(header["cursor"]["recent_starts"])}
+    )
+    memory = _memory(Path(folder), cursor.chunks, fingerprint, device, writable)
+    state = DRTState(config, 1, memory=memory)
+    state.cursors = [cursor]
+    state.num_columns = header["num_columns"]
+    state.recent_ids = tensors.get("recent_ids")
+    state.opened = tensors.get("opened")
+    for number, window in enumerate(state.windows):
+        window.keys = tensors.get(f"windows.{number}.keys")
+        window.values = tensors.get(f"windows.{number}.values")
+        window.lengths = header["window_lengths"][number]
+    for group in range(len(state.current)):
+        if f"current.{group}.numbers" in tensors:
+            numbers = tensors[f"current.{group}.numbers"]
+            chunks = RetrievedChunks(
+                *state.memory.gather(numbers), tensors[f"current.{group}.weights"]
+            )
+            state.current[group] = CurrentRetrieval(numbers, chunks)
+    return state, header["notes"]
+
+
+def _read(file: Path, device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not file.is_file():
+        raise MemoryFormatError(f"no saved state in {file.parent}: there is no {file.name}")
+    try:
+        with safe_open(file, framework="pt", device=str(device)) as opened:
+            metadata = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise MemoryFormatError(f"{file} is damaged: {error}") from error
+    header = json.loads(metadata.get("drt", "{}"))
+    if (header.get("format"), header.get("version")) != (FORMAT, VERSION):
+        raise MemoryFormatError(
+            f"{file} is not a saved state of version {VERSION}: it says "
+            f"{header.get('format')!r}, version {header.get('version')!r}"
+        )
+    return header, tensors
+
+
+def _memory(
+    folder: Path,
+    num_chunks: int,
+    fingerprint: Mapping[str, str],
+    device: torch.device,
+    writable: bool,
+) -> InferenceMemory:
+    """The folder's memory as far as the state goes."""
+    if not num_chunks and not (folder / "manifest.json").exists():
+        if writable:
+            return DiskMemory.create(folder, fingerprint=fingerprint)
+        return DiskMemory.create(folder, fingerprint=fingerprint).fork()
+    memory = DiskMemory.open(folder, writable=writable, fingerprint=fingerprint, device=device)
+    if len(memory) < num_chunks:
+        raise MemoryFormatError(
+            f"{folder} holds {len(memory)} chunks, its {STATE_FILE} goes with {num_chunks}"
+        )
+    if len(memory) == num_chunks:
+        return memory
+    if writable:
+        memory.truncate(num_chunks)
+        return memory
+    return memory.prefix(num_chunks)

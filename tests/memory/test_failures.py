@@ -1,0 +1,177 @@
+"""Killed writers and full disks: what the journal names is there, and writing goes on."""
+
+import os
+import random
+import resource
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from drt.memory import DiskMemory
+from drt.memory import files as memory_files
+from drt.memory.files import BinaryFile
+
+SLAB = 512
+
+
+def seeded(start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Chunks start .. stop - 1 of an endless sequence, the same however it is cut."""
+    numbers = torch.arange(start, stop)[None]
+    keys = torch.arange(32.0).sin().view(1, 1, 4, 2, 4) * (numbers + 1.0)[..., None, None, None]
+    landmarks = (torch.arange(6.0) + 1) * (numbers + 1.0)[..., None]
+    return landmarks, keys, -keys, numbers % 4 + 1
+
+
+def append_until(folder: Path, total: int, seed: int) -> None:
+    """What the child does: go on from where the folder is, in random pieces."""
+    choose = random.Random(seed)
+    with DiskMemory.open(folder, writable=True, fsync="never") as memory:
+        while len(memory) < total:
+            memory.append(*seeded(len(memory), min(len(memory) + choose.randint(1, 9), total)))
+
+
+def run_and_kill(folder: Path, seed: int) -> None:
+    """Start a writer and kill it at a random moment."""
+    child = os.fork()
+    if child == 0:
+        # Nothing of pytest may run in the child, not even its clean-up.
+        try:
+            append_until(folder, 10**6, seed)
+        finally:
+            os._exit(1)
+    time.sleep(random.Random(seed).uniform(0.0, 0.04))
+    os.kill(child, signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+
+
+def assert_as_seeded(folder: Path, start: int) -> int:
+    """All checksums hold, chunks from `start` on are the expected ones; how many there are."""
+    with DiskMemory.open(folder) as memory:
+        memory.verify()
+        count = len(memory)
+        if count > start:
+            numbers = torch.arange(start, count)
+            found = memory.gather(numbers[None, None])
+            _, keys, values, lengths = seeded(start, count)
+            beyond = torch.arange(4) >= lengths[0, :, None]
+            order = found.indices[0, 0]
+            for got, wanted in ((found.keys, keys), (found.values, values)):
+                assert torch.equal(got[order], wanted[0].masked_fill(beyond[..., None, None], 0.0))
+        return count
+
+
+def test_a_hundred_kills_lose_nothing_that_was_journalled(tmp_path: Path) -> None:
+    folder, kills = tmp_path, 100
+    with DiskMemory.create(folder / "killed", fingerprint={}, slab_size=SLAB) as memory:
+        memory.append(*seeded(0, 1))
+    counts = [1]
+    for seed in range(kills):
+        run_and_kill(folder / "killed", seed)
+        counts.append(assert_as_seeded(folder / "killed", counts[-1]))
+        assert counts[-1] >= counts[-2]
+    assert counts[-1] > counts[0]
+    # The last writer comes to the end, and the folder is as if nothing had happened.
+    last = counts[-1] + 1000
+    append_until(folder / "killed", last, kills)
+    with DiskMemory.create(folder / "whole", fingerprint={}, slab_size=SLAB) as memory:
+        for start in range(0, last, 777):
+            memory.append(*seeded(start, min(start + 777, last)))
+    names = sorted(path.name for path in (folder / "whole").iterdir())
+    assert sorted(path.name for path in (folder / "killed").iterdir()) == names
+    for name in set(names) - {"lock"}:
+        killed, whole = (
+            (folder / "killed" / name).read_bytes(),
+            (folder / "whole" / name).read_bytes(),
+        )
+        assert killed[: len(whole)] == whole, name
+
+
+def assert_consistent(memory: DiskMemory, folder: Path, count: int) -> None:
+    """Memory and folder hold the same `count` chunks."""
+    assert len(memory) == count
+    assert assert_as_seeded(folder, 0) == count
+    found = memory.search(torch.ones(1, 1, 6), torch.tensor([[10**6]]), topk=1)
+    assert int(found.indices[0, 0, 0]) == count - 1
+
+
+@pytest.mark.parametrize(
+    "name", ["records.0.bin", "records.1.bin", "landmarks.1.bin", "journal.bin"]
+)
+@pytest.mark.parametrize("partly", [False, True])
+def test_a_failed_write_changes_nothing_and_appending_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, partly: bool
+) -> None:
+    memory = DiskMemory.create(tmp_path, fingerprint={}, slab_size=4)
+    memory.append(*seeded(0, 3))
+    real, write = os.pwrite, BinaryFile.write
+    left = {"bytes": 10 if partly else 0}
+
+    def full(descriptor: int, data: memoryview, offset: int) -> int:
+        if left["bytes"] == 0:
+            raise OSError(28, "No space left on device")
+        count = real(descriptor, data[: left["bytes"]], offset)
+        left["bytes"] -= count
+        return count
+
+    def failing(self: BinaryFile, data: memoryview, offset: int) -> None:
+        with monkeypatch.context() as patch:
+            if self.path.name == name:
+                patch.setattr(memory_files.os, "pwrite", full)
+            write(self, data, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BinaryFile, "write", failing)
+        with pytest.raises(OSError, match=r"cannot write \d+ bytes: No space left") as caught:
+            memory.append(*seeded(3, 9))
+        assert caught.value.filename == str(tmp_path / name)
+        assert_consistent(memory, tmp_path, 3)
+    memory.append(*seeded(3, 9))
+    assert_consistent(memory, tmp_path, 9)
+
+
+def test_a_full_disk_at_the_first_append(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = DiskMemory.create(tmp_path, fingerprint={})
+    with monkeypatch.context() as patch:
+        patch.setattr(memory_files.os, "pwrite", _no_space)
+        with pytest.raises(OSError, match="No space left"):
+            memory.append(*seeded(0, 2))
+    assert len(memory) == 0
+    memory.append(*seeded(0, 2))
+    assert_consistent(memory, tmp_path, 2)
+
+
+def _no_space(*_: Any) -> int:
+    raise OSError(28, "No space left on device")
+
+
+def _append_under_a_limit(folder: Path) -> None:
+    """In a child: the kernel itself refuses to let files grow beyond 20,000 bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, resource.RLIM_INFINITY))
+    with DiskMemory.create(folder, fingerprint={}, slab_size=4096, fsync="always") as memory:
+        for start in range(0, 77, 7):
+            memory.append(*seeded(start, start + 7))
+        with pytest.raises(OSError, match="File too large"):
+            memory.append(*seeded(77, 84))
+        count = len(memory)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        assert_consistent(memory, folder, count)
+        memory.append(*seeded(count, count + 100))
+
+
+def test_a_limit_of_the_kernel(tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            _append_under_a_limit(tmp_path)
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    # 20,000 bytes are 78 records of 256.
+    assert assert_as_seeded(tmp_path, 0) == 177

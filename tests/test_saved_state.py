@@ -1,0 +1,121 @@
+"""A state saved and loaded goes on as if nothing had happened; what is wrong with one is named."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from drt import DeviceMemory, DiskMemory, DRTForCausalLM, HostMemory, MemoryFormatError
+from drt.testing import tiny_config
+
+
+def make(**changes: object) -> DRTForCausalLM:
+    torch.manual_seed(0)
+    return DRTForCausalLM(tiny_config(**changes)).eval()
+
+
+@pytest.mark.parametrize("tier", ["device", "host", "disk"])
+@pytest.mark.parametrize("length", [0, 5, 16, 100])
+@torch.no_grad()
+def test_a_loaded_state_goes_on_as_the_saved_one(tmp_path: Path, tier: str, length: int) -> None:
+    model, folder = make(exclude_window_chunks=True), tmp_path / "memory"
+    marks = {"model": model.fingerprint()}
+    memory = {
+        "device": DeviceMemory,
+        "host": HostMemory,
+        "disk": lambda: DiskMemory.create(folder, fingerprint=marks),
+    }[tier]()
+    ids, rest = torch.randint(0, 61, (1, length)), torch.randint(0, 61, (1, 60))
+    ends = torch.rand(1, length) < 0.05
+    with memory:
+        state = model.new_state(memory=memory)
+        model(ids, past_key_values=state, chunk_ends=ends)
+        model.save_state(state, folder, notes={"read": ["a", length]})
+    loaded, notes = make(exclude_window_chunks=True).load_state(folder)
+    assert notes == {"read": ["a", length]}
+    assert loaded.cursors == state.cursors
+    got = torch.cat([model(p, past_key_values=loaded).logits for p in rest.split(7, 1)], 1)
+    all_ends = torch.cat([ends, torch.zeros_like(rest, dtype=torch.bool)], 1)
+    whole = model(torch.cat([ids, rest], 1), chunk_ends=all_ends).logits[:, length:]
+    # The bound of the specification for one function in segments.
+    assert (got - whole).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_a_state_that_died_after_its_last_save_goes_on_from_there(tmp_path: Path) -> None:
+    model, ids = make(), torch.randint(0, 61, (1, 200))
+    marks = {"model": model.fingerprint()}
+    memory = DiskMemory.create(tmp_path, fingerprint=marks, fsync="never")
+    state = model.new_state(memory=memory)
+    model(ids[:, :70], past_key_values=state)
+    model.save_state(state, tmp_path)
+    model(ids[:, 70:], past_key_values=state)
+    # No save, no commit: as if the process had gone.
+    memory.close()
+    for writable in (False, True):
+        loaded, _ = model.load_state(tmp_path, writable=writable)
+        assert loaded.num_tokens == [70]
+        assert loaded.memory.counts == (4,)
+        out = model(ids[:, 70:], past_key_values=loaded).logits
+        assert (out - model(ids).logits[:, 70:]).abs().max() < 1e-4
+        assert loaded.memory.counts == (12,)
+    loaded.memory.close()
+    with DiskMemory.open(tmp_path) as again:
+        assert again.counts == (12,)
+
+
+def test_the_model_and_what_else_was_named_are_checked(tmp_path: Path) -> None:
+    model, folder = make(), tmp_path / "memory"
+    state = model.new_state()
+    model(torch.zeros(1, 40, dtype=torch.int64), past_key_values=state)
+    model.save_state(state, folder, fingerprint={"tokenizer": "bytes"})
+    assert model.load_state(folder, fingerprint={"tokenizer": "bytes"})[0].num_tokens == [40]
+    with pytest.raises(MemoryFormatError, match="another tokenizer: its fingerprint is bytes"):
+        model.load_state(folder, fingerprint={"tokenizer": "gpt2"})
+    other = make()
+    with torch.no_grad():
+        other.model.norm.weight += 1
+    with pytest.raises(MemoryFormatError, match="made by another model"):
+        other.load_state(folder)
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    model, folder = make(), tmp_path / "memory"
+    with pytest.raises(MemoryFormatError, match=r"there is no state\.safetensors"):
+        model.load_state(tmp_path)
+    state = model.new_state()
+    model(torch.zeros(1, 40, dtype=torch.int64), past_key_values=state)
+    model.save_state(state, folder)
+    file = folder / "state.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100])
+    with pytest.raises(MemoryFormatError, match=r"state\.safetensors is damaged"):
+        model.load_state(folder)
+    file.write_bytes(whole)
+    with safe_open(file, framework="pt") as opened:
+        header = json.loads(opened.metadata()["drt"])
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    save_file(tensors, file, metadata={"drt": json.dumps({**header, "version": 99})})
+    with pytest.raises(MemoryFormatError, match=r"not a saved state of version 1.*version 99"):
+        model.load_state(folder)
+    header["cursor"]["chunks"] = 7
+    save_file(tensors, file, metadata={"drt": json.dumps(header)})
+    with pytest.raises(MemoryFormatError, match=r"holds 2 chunks.*goes with 7"):
+        model.load_state(folder)
+
+
+def test_several_rows_are_refused_and_one_of_them_is_not(tmp_path: Path) -> None:
+    model, ids = make(), torch.randint(0, 61, (2, 50))
+    state = model.new_state(2)
+    model(ids, past_key_values=state)
+    with pytest.raises(ValueError, match="the state has 2 rows, a folder holds one"):
+        model.save_state(state, tmp_path)
+    row = state.fork()
+    row.batch_select_indices(torch.tensor([1]))
+    model.save_state(row, tmp_path)
+    assert model.load_state(tmp_path)[0].num_tokens == [50]
+    with pytest.raises(ValueError, match="holds a memory already"):
+        model.save_state(row, tmp_path)
