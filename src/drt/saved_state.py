@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from drt.chunking import Cursor
@@ -26,7 +26,7 @@ from drt.memory.base import InferenceMemory
 from drt.retrieval import RetrievedChunks
 from drt.state import CurrentRetrieval, DRTState
 
-STATE_FILE = "state.safetensors"
+STATE_FILE, MANIFEST_FILE = "state.safetensors", "manifest.json"
 FORMAT, VERSION = "drt-state", 1
 
 
@@ -100,8 +100,9 @@ def _tensors(state: DRTState) -> dict[str, Tensor]:
 def _replace(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a file beside the old one and put it in its place."""
     partial = file.with_suffix(".partial")
-    save_file(tensors, partial, metadata=metadata)
-    with partial.open("rb") as written:
+    with partial.open("wb") as written:
+        written.write(save(tensors, metadata=metadata))
+        written.flush()
         os.fsync(written.fileno())
     partial.replace(file)
 
@@ -187,7 +188,7 @@ def _memory(
     writable: bool,
 ) -> InferenceMemory:
     """The folder's memory as far as the state goes."""
-    if not num_chunks and not (folder / "manifest.json").exists():
+    if not num_chunks and not (folder / MANIFEST_FILE).exists():
         if writable:
             return DiskMemory.create(folder, fingerprint=fingerprint)
         return DiskMemory.create(folder, fingerprint=fingerprint).fork()

@@ -273,8 +273,7 @@ class DRTState(Cache):
         self.current = [held and held.select_rows(beam_idx) for held in self.current]
         if self.recent_ids is not None:
             self.recent_ids = self.recent_ids[beam_idx]
-        # Nothing is known of the rows of a memory that is empty.
-        self.memory = self.memory.select_rows(rows) if len(self.memory) else self.memory.fork()
+        self.memory = self.memory.select_rows(rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row, copies side by side; they share the memory."""

@@ -183,6 +183,17 @@ def test_an_empty_memory_can_be_searched() -> None:
     assert found.indices.shape == (1, 0, 4)
 
 
+def test_rows_can_be_selected_before_there_are_chunks(oracle: Any) -> None:
+    never = DeviceMemory().select_rows([0, 0, 1])
+    assert never.counts == ()
+    memory = DeviceMemory()
+    memory.append(*oracle.make_chunks([0, 0], 0))
+    beams = memory.select_rows([0, 0, 1])
+    for one in (never, beams):
+        one.append(*oracle.make_chunks([1, 2, 3], 1))
+        assert one.counts == (1, 2, 3)
+
+
 def test_chunks_leave_the_graph_and_inference_mode(oracle: Any) -> None:
     memory, wanted = DeviceMemory(), oracle.memory()
     first, second = oracle.make_chunks([2], 0), oracle.make_chunks([2], 1)
@@ -232,7 +243,6 @@ def test_chunks_that_do_not_fit_are_refused_and_change_nothing(oracle: Any) -> N
         "keys and values must both": (landmarks, keys[:, :1], values),
         "landmarks must be": (landmarks[:, :1], keys, values),
         "must be floating point": (landmarks, keys.long(), values.long()),
-        "the memory has torch.float32": (landmarks, keys.half(), values.half()),
         "the memory has \\(3, 2, 4, 6\\)": (landmarks[:, :, :5], keys, values),
         "there are 2": (landmarks[:1], keys[:1], values[:1]),
         "lengths must be \\(2, 2\\)": (landmarks, keys, values, full[:1]),
@@ -266,3 +276,37 @@ def test_questions_that_do_not_fit_are_refused(oracle: Any) -> None:
         memory.search(query, limits, topk=0)
     with pytest.raises(ValueError, match="rows must be 0 to 1"):
         memory.select_rows([2])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scan", ["float32", "bfloat16"])
+def test_a_gpu_holds_landmarks_and_gets_what_is_gathered(oracle: Any, kind: Any, scan: Any) -> None:
+    ours, theirs = kind(slab_size=16, scan=scan), DeviceMemory(slab_size=16)
+    made = oracle.make_chunks([40, 25], 0, ragged=True)
+    theirs.append(*made)
+    ours.append(*(x.cuda() for x in made[:3]), made.lengths)
+    queries, limits = torch.randn(2, 3, 6), torch.tensor([[40, 20, 0], [3, 25, 25]])
+    found = ours.search(queries.cuda(), limits, topk=4)
+    wanted = theirs.search(queries, limits, topk=4)
+    # Another order of summation; products in full float32 unless TF32 was asked for.
+    assert torch.allclose(found.scores.cpu(), wanted.scores, atol=1e-5)
+    mine, others = ours.gather(found.indices), theirs.gather(found.indices.cpu())
+    assert mine.keys.is_cuda
+    assert torch.equal(mine.indices.cpu(), others.indices)
+    assert torch.equal(mine.keys.cpu(), others.keys)
+    assert torch.equal(mine.values.cpu(), others.values)
+    tiers = ours.bytes_by_tier()
+    assert tiers["device"] > 0
+    assert (tiers["host"] > 0) == (kind is HostMemory)
+
+
+def test_a_run_of_another_precision_may_go_on() -> None:
+    memory = DeviceMemory()
+    keys = torch.randn(1, 2, 3, 2, 4)
+    memory.append(torch.randn(1, 2, 6), keys, keys)
+    memory.append(torch.randn(1, 2, 6), keys.bfloat16(), keys.bfloat16())
+    found = memory.gather(torch.tensor([[[0, 2]]])).keys
+    assert found.dtype == torch.float32
+    assert torch.equal(found[1], keys[0, 0].bfloat16().float())

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from drt.cli.checkpoints import find_model
+
 NAME = "eval"
 HELP = "Ask a trained model for needles at several context lengths."
 EPILOG = "Example: drt eval runs/demo/drt --lengths 1024 65536 --task multi"
@@ -32,7 +34,7 @@ def run(options: argparse.Namespace) -> None:
     from drt.modeling import DRTForCausalLM
     from drt.precision import autocast
 
-    folder = _model_folder(options.checkpoint)
+    folder = find_model(options.checkpoint)
     config = _run_config(folder)
     model = DRTForCausalLM.from_pretrained(folder)
     corpus = load_corpus(options.corpus or config.corpus, load_tokenizer(str(folder)))
@@ -46,14 +48,6 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         options.json.write_text(json.dumps(record, indent=2) + "\n")
     print(comparison.format_table({folder.parent.name or folder.name: record}))
-
-
-def _model_folder(folder: Path) -> Path:
-    """The folder that holds config.json: the given one, or the `model` folder of a run."""
-    for candidate in (folder, folder / "model"):
-        if (candidate / "config.json").is_file():
-            return candidate
-    raise ValueError(f"{folder} holds no model: there is no config.json in it or in {folder}/model")
 
 
 def _run_config(folder: Path) -> Any:

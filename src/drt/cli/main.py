@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
-from drt.cli import demo, evaluate, train
+from drt.cli import ask, demo, evaluate, generate, memory, read, train
 
-COMMANDS = (demo, train, evaluate)
+COMMANDS = (demo, train, evaluate, read, ask, generate, memory)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,6 +31,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         options.run(options)
+    except BrokenPipeError:
+        # Whoever read the output has had enough, as `head` does.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError, ImportError) as error:
         print(f"drt {options.command}: error: {error}", file=sys.stderr)
         return 2

@@ -61,6 +61,14 @@ def read_path(path: Path, *, max_bytes: int) -> list[TextDocument]:
     return _with_distinct_names(texts)
 
 
+def list_text_files(folder: Path) -> list[Path]:
+    """Return the text files below ``folder`` by name; raise ValueError if there are none."""
+    names = _text_files(folder)
+    if not names:
+        raise ValueError(_nothing_readable(folder))
+    return [folder / name for name in sorted(names)]
+
+
 def read_installed_text(*, max_bytes: int) -> list[TextDocument]:
     """Return texts that Python comes with: its documentation topics and its library's sources.
 
@@ -177,7 +185,7 @@ def _read_rows(
         if not line.strip():
             continue
         try:
-            identifier, data = _parse_row(line)
+            identifier, data = parse_row(line)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
         text = _cut(data, max_bytes)
@@ -190,7 +198,8 @@ def _read_rows(
             return
 
 
-def _parse_row(line: bytes) -> tuple[object, bytes]:
+def parse_row(line: bytes) -> tuple[object, bytes]:
+    """Return the id (or None) and the text of a JSON line; raise ValueError without a text."""
     row = json.loads(line)
     if not isinstance(row, dict):
         raise ValueError(f"the row is a {type(row).__name__}, not an object")

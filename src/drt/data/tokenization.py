@@ -116,3 +116,32 @@ def encode_batch(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[l
     """Return the token ids of each text, as of ``encode``, in one call of the tokenizer."""
     encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
     return encoded["input_ids"]
+
+
+def encode_with_offsets(
+    tokenizer: PreTrainedTokenizerBase, text: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the token ids of ``text``, as of ``encode``, and the byte at which each token ends.
+
+    Both are int64 of shape (num_tokens,).
+
+    Raises:
+        ValueError: a tokenizer that does not tell offsets, which only fast ones do.
+    """
+    if is_byte_tokenizer(tokenizer):
+        ids = encode(tokenizer, text)
+        return ids, np.arange(1, len(ids) + 1)
+    if not tokenizer.is_fast:
+        raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer: it tells no offsets")
+    encoded = tokenizer(
+        text,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_offsets_mapping=True,
+        verbose=False,
+    )
+    ids = np.array(encoded["input_ids"], dtype=np.int64)
+    ends = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)[:, 1]
+    points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    sizes = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
+    return ids, np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])[ends]

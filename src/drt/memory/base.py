@@ -79,10 +79,13 @@ class InferenceMemory(ABC):
         """As `ChunkMemory.append`.
 
         Raises:
-            ValueError: shapes, dtypes, devices or a number of rows that are not those of the first
-                append, or lengths out of range.
+            ValueError: shapes, devices or a number of rows that are not those of the first append,
+                or lengths out of range.
         """
         self._check_open()
+        if self._layout is not None:
+            # A run of another precision may go on with a memory.
+            keys, values = (x.to(self._layout.compute_dtype) for x in (keys, values))
         chunks = _Appended(landmarks, keys, values, lengths)
         layout, rows = self._layout or self._new_layout(chunks), self._rows
         chunks.check_against(layout, len(rows))
@@ -155,9 +158,12 @@ class InferenceMemory(ABC):
             ValueError: a row that there is not.
         """
         self._check_open()
+        other = self._sibling()
+        if not self._rows:
+            # Before the first append there may be any number of rows, all empty.
+            return other
         if any(not 0 <= row < len(self._rows) for row in rows):
             raise ValueError(f"rows must be 0 to {len(self._rows) - 1}, got {list(rows)}")
-        other = self._sibling()
         other._layout = self._layout
         other._rows = [self._rows[row].copy() for row in rows]
         return other
@@ -376,8 +382,6 @@ class _Appended:
         wanted = (records.chunk_size, records.kv_heads, records.head_dim, layout.landmark_size)
         if found != wanted:
             raise ValueError(f"chunks of sizes (S, G, D, L) = {found}; the memory has {wanted}")
-        if self.keys.dtype != layout.compute_dtype:
-            raise ValueError(f"keys in {self.keys.dtype}; the memory has {layout.compute_dtype}")
         if self.keys.device != layout.device:
             raise ValueError(f"keys on {self.keys.device}; the memory is for {layout.device}")
         if num_rows and self.keys.shape[0] != num_rows:

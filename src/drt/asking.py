@@ -1,0 +1,121 @@
+"""Questions to a memory on disk, answered with the passages that were retrieved for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from drt.data.tokenization import encode
+from drt.ingestion import Notes, tokenizer_fingerprint
+from drt.modeling import DRTForCausalLM
+from drt.passages import PassageLog
+from drt.retrieval import Retrieval
+
+
+@dataclass
+class RetrievedPassage:
+    """A chunk that was retrieved at the question's end."""
+
+    group: int
+    """Retrieval group, 0 the lowest."""
+    chunk: int
+    """Number of the chunk in the memory."""
+    weight: float
+    """Retrieval weight, 0 to 1."""
+    source: str
+    """File, or file:row; empty if the chunk is not of a source."""
+    start: int
+    """Byte of the source's text at which the chunk begins."""
+    end: int
+    """Byte at which it ends."""
+    text: str
+    """The chunk."""
+
+
+@dataclass
+class Reply:
+    """An answer and what it rests on."""
+
+    answer: str
+    """The text that was generated."""
+    passages: list[RetrievedPassage]
+    """What was retrieved, by group and falling weight."""
+    is_complete: bool
+    """Whether the memory was read to its end."""
+
+
+@torch.no_grad()
+def ask(
+    model: DRTForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    question: str,
+    *,
+    max_new_tokens: int = 32,
+    stop: str | None = None,
+) -> Reply:
+    """Ask a memory; it is left as it was.
+
+    Args:
+        model: the model that read it, in evaluation mode.
+        tokenizer: its tokenizer.
+        folder: a folder that `Ingestion` made.
+        question: text that follows what was read.
+        max_new_tokens: longest answer, in tokens.
+        stop: the answer ends before this text.
+
+    Raises:
+        ValueError: an empty question, or a folder that is no memory of this model and tokenizer.
+    """
+    ids = torch.from_numpy(encode(tokenizer, question))[None].to(model.device)
+    if not ids.shape[1]:
+        raise ValueError("the question is empty")
+    marks = {"tokenizer": tokenizer_fingerprint(tokenizer)}
+    state, notes = model.load_state(folder, fingerprint=marks)
+    ends = torch.zeros_like(ids, dtype=torch.bool)
+    ends[:, -1] = True
+    branch = state.fork()
+    seen = model(
+        ids, past_key_values=branch, chunk_ends=ends, logits_to_keep=1, output_retrievals=True
+    )
+    options: dict[str, Any] = {"stop_strings": [stop], "tokenizer": tokenizer} if stop else {}
+    made = model.generate(
+        ids,
+        attention_mask=torch.ones(1, state.num_columns + ids.shape[1], dtype=torch.int64),
+        past_key_values=state.fork(),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        **options,
+    )
+    answer = str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
+    if stop:
+        answer = answer.partition(stop)[0]
+    passages = _passages(seen.retrievals or (), PassageLog(folder), tokenizer)
+    return Reply(answer, passages, Notes.of(notes).place is None)
+
+
+def _passages(
+    retrievals: tuple[Retrieval, ...], log: PassageLog, tokenizer: PreTrainedTokenizerBase
+) -> list[RetrievedPassage]:
+    """What the last landmark retrieved, as text."""
+    found = []
+    for group, retrieval in enumerate(retrievals):
+        numbers, weights = retrieval.indices[0, -1].tolist(), retrieval.weights[0, -1].tolist()
+        for chunk, weight in sorted(zip(numbers, weights, strict=True), key=lambda x: -x[1]):
+            if chunk < 0:
+                continue
+            passage = log.passage(chunk)
+            if passage is None:
+                found.append(RetrievedPassage(group, chunk, weight, "", 0, 0, ""))
+                continue
+            text = str(tokenizer.decode(passage.token_ids.tolist()))
+            found.append(
+                RetrievedPassage(
+                    group, chunk, weight, passage.source, passage.start, passage.end, text
+                )
+            )
+    return found

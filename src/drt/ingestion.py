@@ -1,0 +1,375 @@
+"""Reading texts of any size into a memory on disk, so that it can be stopped at any moment.
+
+Tokens are read in segments counted from where a reading begins. After some segments everything is
+committed: the memory, the log of passages, and last the state with the place in the input. Who goes
+on reads the same segments again, so the result is that of a reading that was never stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from drt.chunking.cursor import plan_row
+from drt.data.streaming import STDIN, InputStream, TextInput, TextPiece
+from drt.data.tokenization import encode_with_offsets
+from drt.memory import DiskMemory
+from drt.modeling import DRTForCausalLM
+from drt.passages import PassageLog
+from drt.saved_state import MANIFEST_FILE, STATE_FILE, load_state, save_state
+from drt.state import DRTState
+
+
+class Progress(NamedTuple):
+    """How far a reading is."""
+
+    tokens: int
+    """Tokens read in this call."""
+    bytes: int
+    """Bytes taken from the input in this call, as they are on disk."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the input the next token to be read stands."""
+
+    input: str
+    """The input's name."""
+    size: int | None
+    """Its bytes."""
+    source: str
+    """The text in it."""
+    start: int
+    """Byte at which the piece of it begins that was cut for tokenization."""
+    tokens: int
+    """Tokens of that piece that have been read."""
+
+
+@dataclass
+class Notes:
+    """What a reading keeps in the saved state."""
+
+    finished: dict[str, int | None] = field(default_factory=dict)
+    """Name and size of the inputs that have been read to their end."""
+    place: Place | None = None
+    """Where an unfinished reading goes on; None = all was read."""
+    num_sources: int = 0
+    """Texts begun."""
+    source: str | None = None
+    """The last of them."""
+    chunk_start: int = 0
+    """Byte of the last text at which the open chunk begins."""
+    last_end: int = 0
+    """Byte of the last text up to which tokens have been read."""
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> Notes:
+        """From what JSON gives back."""
+        place = saved.get("place")
+        return cls(**{**saved, "place": None if place is None else Place(**place)})
+
+
+class _Block(NamedTuple):
+    """Tokens of one piece that wait to be read."""
+
+    ids: np.ndarray
+    """(n,) int64."""
+    ends: np.ndarray
+    """(n,) byte of the source's text at which each token ends."""
+    place: Place
+    """Where the first of them stands."""
+    closes: bool
+    """Whether the source ends with them."""
+
+    def cut(self, count: int) -> tuple[_Block, _Block]:
+        """The first tokens, and the others."""
+        place = replace(self.place, tokens=self.place.tokens + count)
+        return (
+            _Block(self.ids[:count], self.ends[:count], self.place, False),
+            _Block(self.ids[count:], self.ends[count:], place, self.closes),
+        )
+
+
+class Ingestion:
+    """A memory on disk that texts are read into.
+
+    Args:
+        model: what reads, in evaluation mode.
+        tokenizer: its tokenizer, a fast one.
+        folder: where the memory is, or will be.
+        dtype: storage dtype of a new memory's keys and values; None = as computed.
+        segment_size: tokens of one forward.
+        commit_seconds: how long a kill may throw a reading back.
+
+    Raises:
+        ValueError: the folder holds something else, a memory that this model or tokenizer did not
+            make, or a damaged one.
+        BlockingIOError: somebody else is reading into it.
+    """
+
+    def __init__(
+        self,
+        model: DRTForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        folder: Path,
+        *,
+        dtype: torch.dtype | None = torch.bfloat16,
+        segment_size: int = 16384,
+        commit_seconds: float = 10.0,
+    ) -> None:
+        if segment_size < 1:
+            raise ValueError(f"segment_size must be at least 1, got {segment_size}")
+        self.model, self.tokenizer, self.folder = model, tokenizer, folder
+        self.segment_size, self.commit_seconds = segment_size, commit_seconds
+        self.fingerprint = {
+            "model": model.fingerprint(),
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+        }
+        self.state, self.notes = self._open(dtype)
+        self.log = PassageLog(folder, writable=True)
+        cursor = self.state.cursors[0]
+        self.log.truncate(
+            num_tokens=cursor.tokens,
+            num_chunks=cursor.chunks,
+            num_sources=self.notes.num_sources,
+        )
+        self._committed = time.monotonic()
+
+    def _open(self, dtype: torch.dtype | None) -> tuple[DRTState, Notes]:
+        """The folder's state, or an empty one."""
+        folder = self.folder
+        if (folder / MANIFEST_FILE).exists():
+            state, notes = load_state(
+                folder,
+                self.model.config,
+                fingerprint=self.fingerprint,
+                device=self.model.device,
+                writable=True,
+            )
+            return state, Notes.of(notes)
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / STATE_FILE).exists():
+            raise ValueError(f"{folder} is not empty and holds no memory")
+        memory = DiskMemory.create(folder, fingerprint=self.fingerprint, dtype=dtype)
+        state, notes = self.model.new_state(memory=memory), Notes()
+        # Before the first chunk, so that a folder with chunks always has a state.
+        self._save(state, notes)
+        return state, notes
+
+    @property
+    def unread(self) -> Place | None:
+        """Where an unfinished reading goes on."""
+        return self.notes.place
+
+    def remaining(self, inputs: Sequence[TextInput]) -> list[TextInput]:
+        """Which of the inputs are still to be read, the unfinished one first.
+
+        Raises:
+            ValueError: an input has changed since, or the unfinished one is not among them.
+        """
+        place = self.notes.place
+        known = dict(self.notes.finished)
+        if place is not None:
+            known[place.input] = place.size
+        for item in inputs:
+            if item.name in known and item.name != STDIN and known[item.name] != item.size:
+                raise ValueError(
+                    f"{item.name} has {item.size} bytes, it had {known[item.name]} when it was "
+                    f"read into {self.folder}"
+                )
+        left = [item for item in inputs if item.name not in self.notes.finished]
+        if place is None:
+            return left
+        first = [item for item in left if item.name == place.input]
+        if not first:
+            raise ValueError(f"{self.folder} has read part of {place.input}: give it again")
+        return first + [item for item in left if item.name != place.input]
+
+    @torch.no_grad()
+    def read(
+        self,
+        inputs: Sequence[TextInput],
+        *,
+        on_progress: Callable[[Progress], object] | None = None,
+    ) -> int:
+        """Read what is left of the inputs.
+
+        Args:
+            inputs: files and streams, in order; those that were read before are left out.
+            on_progress: called after every segment.
+
+        Returns:
+            The tokens read.
+
+        Raises:
+            ValueError: as `remaining`, or a text that cannot be read.
+            OSError: the disk is full or fails; what was committed stands.
+        """
+        meter = _Meter(on_progress)
+        waiting: deque[_Block] = deque()
+        held, reach = 0, self.model.reach
+        for block in self._blocks(self.remaining(inputs), meter):
+            waiting.append(block)
+            held += len(block.ids)
+            while held >= self.segment_size + reach:
+                self._feed(_take(waiting, self.segment_size), waiting, complete=False)
+                held -= self.segment_size
+                meter.add(self.segment_size)
+                self._commit_if_due()
+        if held:
+            self._feed(_take(waiting, held), waiting, complete=True)
+            meter.add(held)
+        self._mark_finished(inputs)
+        self.commit()
+        return meter.tokens
+
+    def _blocks(self, inputs: Sequence[TextInput], meter: _Meter) -> Iterator[_Block]:
+        """The tokens of the inputs, from where they have not been read."""
+        place = self.notes.place
+        for item in inputs:
+            source, start = (None, 0) if place is None else (place.source, place.start)
+            stream = InputStream(item, source=source, start=start)
+            held: _Block | None = None
+            for piece in stream:
+                block = self._encode(piece, item)
+                if place is not None:
+                    block, place = block.cut(place.tokens)[1], None
+                if held is not None:
+                    # A last piece of nothing but what the tokenizer drops ends the one before.
+                    ends = piece.is_last and not len(block.ids)
+                    yield held._replace(closes=held.closes or ends)
+                held = block if len(block.ids) else None
+                meter.at(stream.bytes_read)
+            if held is not None:
+                yield held
+            meter.finish(item)
+
+    def _encode(self, piece: TextPiece, item: TextInput) -> _Block:
+        ids, ends = encode_with_offsets(self.tokenizer, piece.text)
+        place = Place(item.name, item.size, piece.source, piece.start, 0)
+        return _Block(ids, piece.start + ends, place, piece.is_last)
+
+    def _feed(self, blocks: list[_Block], waiting: deque[_Block], *, complete: bool) -> None:
+        """Read tokens into the state and the log."""
+        ids = np.concatenate([block.ids for block in blocks])
+        closes = np.zeros(len(ids), dtype=np.bool_)
+        closes[np.cumsum([len(block.ids) for block in blocks]) - 1] = [b.closes for b in blocks]
+        self._log(blocks, ids, closes)
+        self.model.read(
+            torch.from_numpy(ids)[None].to(self.model.device),
+            self.state,
+            chunk_ends=torch.from_numpy(closes)[None],
+            segment_size=self.segment_size,
+            complete=complete,
+        )
+        self.notes.place = waiting[0].place if waiting else None
+
+    def _log(self, blocks: list[_Block], ids: np.ndarray, closes: np.ndarray) -> None:
+        """Note which bytes of which source the chunks are that these tokens close."""
+        cursor, notes = self.state.cursors[0], self.notes
+        starts, sources = np.empty_like(ids), np.empty_like(ids)
+        ends = np.concatenate([block.ends for block in blocks])
+        done = 0
+        for block in blocks:
+            name = block.place.source
+            if name != notes.source or block.place.start == block.place.tokens == 0:
+                self.log.add_source(name)
+                notes.source, notes.last_end = name, 0
+                notes.num_sources += 1
+            here = slice(done, done + len(block.ids))
+            starts[here] = np.concatenate([[notes.last_end], block.ends[:-1]])
+            sources[here] = notes.num_sources - 1
+            notes.last_end, done = int(block.ends[-1]), here.stop
+        if not cursor.opened:
+            notes.chunk_start = int(starts[0])
+        size = self.model.config.chunk_size
+        plan = plan_row(cursor, len(ids), chunk_size=size, ends=closes)
+        first = cursor.tokens - cursor.opened
+        for cut in plan.cuts.tolist():
+            end = cursor.tokens + cut
+            self.log.add_chunk(
+                token=first,
+                length=end - first,
+                start=notes.chunk_start,
+                end=int(ends[cut - 1]),
+                source=int(sources[cut - 1]),
+            )
+            first = end
+            notes.chunk_start = int(starts[cut]) if cut < len(ids) else 0
+        self.log.add_tokens(ids)
+
+    def _mark_finished(self, inputs: Sequence[TextInput]) -> None:
+        self.notes.finished |= {i.name: i.size for i in inputs if i.name != STDIN}
+
+    def _commit_if_due(self) -> None:
+        if time.monotonic() - self._committed >= self.commit_seconds:
+            self.commit()
+
+    def commit(self) -> None:
+        """Make what has been read survive whatever comes."""
+        self.log.commit()
+        self._save(self.state, self.notes)
+        self._committed = time.monotonic()
+
+    def _save(self, state: DRTState, notes: Notes) -> None:
+        save_state(state, self.folder, fingerprint=self.fingerprint, notes=asdict(notes))
+
+    def close(self) -> None:
+        """Let another reader in; what was not committed is lost."""
+        self.log.close()
+        memory = self.state.memory
+        assert isinstance(memory, DiskMemory)
+        memory.close()
+
+
+class _Meter:
+    """Counts tokens, and bytes over all inputs."""
+
+    def __init__(self, on_progress: Callable[[Progress], object] | None) -> None:
+        self.tokens = 0
+        self._before, self._here = 0, 0
+        self._on_progress = on_progress
+
+    def at(self, bytes_read: int) -> None:
+        """The current input has given this many bytes."""
+        self._here = bytes_read
+
+    def finish(self, item: TextInput) -> None:
+        """The current input is at its end."""
+        self._before += item.size or self._here
+        self._here = 0
+
+    def add(self, tokens: int) -> None:
+        """Tokens have been read."""
+        self.tokens += tokens
+        if self._on_progress is not None:
+            self._on_progress(Progress(self.tokens, self._before + self._here))
+
+
+def _take(waiting: deque[_Block], count: int) -> list[_Block]:
+    """Take tokens from the front."""
+    taken = []
+    while count:
+        block = waiting.popleft()
+        if len(block.ids) > count:
+            block, rest = block.cut(count)
+            waiting.appendleft(rest)
+        taken.append(block)
+        count -= len(block.ids)
+    return taken
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of the vocabulary: 32 hexadecimal digits."""
+    digest = hashlib.blake2b(digest_size=16)
+    for token, number in sorted(tokenizer.get_vocab().items()):
+        digest.update(f"{token}\0{number}\n".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()

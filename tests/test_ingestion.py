@@ -1,0 +1,250 @@
+"""A reading that is stopped and goes on leaves what an uninterrupted one leaves."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from drt import DRTForCausalLM
+from drt.asking import ask
+from drt.data import streaming
+from drt.data.streaming import TextInput, list_inputs
+from drt.data.tokenization import byte_tokenizer, encode, encode_with_offsets
+from drt.ingestion import Ingestion
+from drt.passages import PassageLog
+from drt.testing import tiny_config
+
+WORDS = (
+    *("the", "cat", "sat", "on", "a", "mat", "while", "\u20ac", "rain", "fell", "and", "dogs"),
+    *("\U0001f600", "ran", "home", ""),
+)
+
+
+def make_model() -> DRTForCausalLM:
+    torch.manual_seed(0)
+    return DRTForCausalLM(tiny_config(vocab_size=300)).eval()
+
+
+def make_texts(folder: Path) -> list[str]:
+    """Three files of 0.5 to 3 KB, and rows."""
+    rng = random.Random(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, count in (("a.txt", 400), ("b.txt", 90), ("c.txt", 600)):
+        lines = " ".join(rng.choices(WORDS, k=count)).replace("rain", "rain\n")
+        (folder / name).write_text(lines)
+    rows = [" ".join(rng.choices(WORDS, k=30)) for _ in range(5)]
+    (folder / "d.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows))
+    return [str(folder)]
+
+
+def bpe() -> PreTrainedTokenizerBase:
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    core.train_from_iterator([" ".join(WORDS)] * 3, trainer)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core)
+
+
+@pytest.fixture(params=["bytes", "bpe"])
+def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
+    return byte_tokenizer() if request.param == "bytes" else bpe()
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if path.name not in ("lock", "state.safetensors")
+    }
+
+
+def test_offsets_end_where_tokens_end(tokenizer: PreTrainedTokenizerBase) -> None:
+    text = " ".join(WORDS)
+    ids, ends = encode_with_offsets(tokenizer, text)
+    assert ids.tolist() == encode(tokenizer, text).tolist()
+    assert ends[-1] == len(text.encode())
+    for count in (1, 5, len(ids) // 2):
+        whole = text.encode()[: ends[count - 1]].decode(errors="ignore")
+        assert str(tokenizer.decode(ids[:count])).startswith(whole)
+
+
+def test_what_was_read_is_the_text_with_chunks_closed_at_its_ends(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model, inputs = make_model(), list_inputs(make_texts(tmp_path / "texts"))
+    ingestion = Ingestion(model, tokenizer, tmp_path / "memory", dtype=None, segment_size=100)
+    ingestion.read(inputs)
+    ingestion.close()
+    texts = [Path(item.name).read_text() for item in inputs[:3]]
+    rows = Path(inputs[3].name).read_text().splitlines()
+    texts += [json.loads(row)["text"] for row in rows]
+    encoded = [encode(tokenizer, text) for text in texts]
+    ids = torch.from_numpy(np.concatenate(encoded))[None]
+    ends = torch.zeros_like(ids, dtype=torch.bool)
+    ends[0, np.cumsum([len(part) for part in encoded]) - 1] = True
+    state, _ = model.load_state(tmp_path / "memory")
+    assert state.num_tokens == [ids.shape[1]]
+    rest = torch.randint(0, 300, (1, 40))
+    with torch.no_grad():
+        got = model(rest, past_key_values=state.fork()).logits
+        all_ends = torch.cat([ends, torch.zeros_like(rest, dtype=torch.bool)], 1)
+        whole = model(torch.cat([ids, rest], 1), chunk_ends=all_ends).logits[:, -40:]
+    assert (got - whole).abs().max() < 1e-4
+    log = PassageLog(tmp_path / "memory")
+    joined: dict[str, bytes] = {}
+    for chunk in range(log.num_chunks):
+        passage = log.passage(chunk)
+        assert passage is not None
+        assert len(joined.get(passage.source, b"")) == passage.start
+        text = texts[len(joined) - (passage.source in joined)].encode()
+        joined[passage.source] = joined.get(passage.source, b"") + text[passage.start : passage.end]
+    assert list(joined.values()) == [text.encode() for text in texts]
+    assert log.num_chunks == state.memory.counts[0]
+
+
+def test_files_can_be_added_and_are_not_read_twice(tmp_path: Path) -> None:
+    model, tokenizer = make_model(), byte_tokenizer()
+    inputs = list_inputs(make_texts(tmp_path / "texts"))
+    ingestion = Ingestion(model, tokenizer, tmp_path / "memory", segment_size=64)
+    first = ingestion.read(inputs[:2])
+    ingestion.close()
+    ingestion = Ingestion(model, tokenizer, tmp_path / "memory", segment_size=64)
+    assert ingestion.remaining(inputs) == inputs[2:]
+    second = ingestion.read(inputs)
+    assert first + second == ingestion.state.num_tokens[0]
+    ingestion.close()
+    log = PassageLog(tmp_path / "memory")
+    assert len(log.sources()) == 8
+    changed = inputs[0]._replace(size=3)
+    ingestion = Ingestion(model, tokenizer, tmp_path / "memory", segment_size=64)
+    with pytest.raises(ValueError, match=r"a\.txt has 3 bytes, it had \d+ when it was read"):
+        ingestion.read([changed])
+    ingestion.close()
+
+
+CHILD = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+sys.path[:0] = [{tests!r}]
+from test_ingestion import make_model, byte_tokenizer, list_inputs, Ingestion, streaming
+streaming.PIECE_BYTES = 700
+ingestion = Ingestion(make_model(), byte_tokenizer(), Path({folder!r}), segment_size=100,
+                      commit_seconds=0.0)
+print("begin", flush=True)
+ingestion.read(list_inputs([{texts!r}]), on_progress=lambda p: print(p.tokens, flush=True))
+ingestion.close()
+print("done", flush=True)
+"""
+
+
+def test_a_killed_reading_goes_on_to_the_same_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "PIECE_BYTES", 700)
+    (texts,) = make_texts(tmp_path / "texts")
+    plain = Ingestion(make_model(), byte_tokenizer(), tmp_path / "plain", segment_size=100)
+    plain.read(list_inputs([texts]))
+    plain.close()
+    folder = tmp_path / "killed"
+    code = CHILD.format(tests=str(Path(__file__).parent), folder=str(folder), texts=texts)
+    rng = random.Random(3)
+    for kill in range(6):
+        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        assert child.stdout is not None
+        for line in child.stdout:
+            # Somewhere in the work on the segments that follow.
+            if kill < 5 and line.strip() not in ("begin", "done") and rng.random() < 0.3:
+                time.sleep(rng.random() * 0.02)
+                os.kill(child.pid, signal.SIGKILL)
+                break
+        child.wait()
+    assert child.returncode == 0
+    assert files(folder) == files(tmp_path / "plain")
+    states = [make_model().load_state(where)[0] for where in (folder, tmp_path / "plain")]
+    rest = torch.randint(0, 300, (1, 40))
+    with torch.no_grad():
+        logits = [make_model()(rest, past_key_values=state).logits for state in states]
+    assert torch.equal(*logits)
+
+
+def test_wrong_folders_and_models_are_refused(tmp_path: Path) -> None:
+    model, tokenizer = make_model(), byte_tokenizer()
+    inputs = list_inputs(make_texts(tmp_path / "texts"))
+    with pytest.raises(ValueError, match="is not empty and holds no memory"):
+        Ingestion(model, tokenizer, tmp_path / "texts")
+    ingestion = Ingestion(model, tokenizer, tmp_path / "memory")
+    ingestion.read(inputs[:1])
+    with pytest.raises(BlockingIOError):
+        Ingestion(model, tokenizer, tmp_path / "memory")
+    ingestion.close()
+    with pytest.raises(ValueError, match="made by another tokenizer"):
+        Ingestion(model, bpe(), tmp_path / "memory")
+
+
+def test_questions_are_answered_with_passages(tmp_path: Path) -> None:
+    model, tokenizer = make_model(), byte_tokenizer()
+    inputs = list_inputs(make_texts(tmp_path / "texts"))
+    ingestion = Ingestion(model, tokenizer, tmp_path / "memory", segment_size=64)
+    ingestion.read(inputs)
+    ingestion.close()
+    before = files(tmp_path / "memory")
+    reply = ask(model, tokenizer, tmp_path / "memory", "Where did it rain? ", max_new_tokens=40)
+    again = ask(model, tokenizer, tmp_path / "memory", "Where did it rain? ", max_new_tokens=40)
+    assert reply == again
+    assert files(tmp_path / "memory") == before
+    assert reply.is_complete
+    assert {passage.group for passage in reply.passages} == {0, 1}
+    for passage in reply.passages:
+        if passage.source.endswith(".txt"):
+            data = Path(passage.source).read_bytes()[passage.start : passage.end]
+            assert passage.text == data.decode(errors="replace")
+    for group in (0, 1):
+        weights = [p.weight for p in reply.passages if p.group == group]
+        assert weights == sorted(weights, reverse=True)
+        # float32 softmax over four chunks
+        assert sum(weights) == pytest.approx(1, abs=1e-5)
+    with pytest.raises(ValueError, match="the question is empty"):
+        ask(model, tokenizer, tmp_path / "memory", "")
+
+
+def test_an_unfinished_input_must_be_given_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = make_model(), list_inputs(make_texts(tmp_path / "texts"))
+    ingestion = Ingestion(
+        model, byte_tokenizer(), tmp_path / "memory", segment_size=50, commit_seconds=0.0
+    )
+
+    def stop(progress: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ingestion.read(inputs[:1], on_progress=stop)
+    ingestion.commit()
+    ingestion.close()
+    ingestion = Ingestion(model, byte_tokenizer(), tmp_path / "memory", segment_size=50)
+    assert ingestion.unread is not None
+    assert not ask(model, byte_tokenizer(), tmp_path / "memory", "x", max_new_tokens=1).is_complete
+    with pytest.raises(ValueError, match=r"has read part of .*a\.txt: give it again"):
+        ingestion.read(inputs[1:])
+    ingestion.read([inputs[1], inputs[0]])
+    assert ingestion.unread is None
+    ingestion.close()
+    sources = PassageLog(tmp_path / "memory").sources()
+    assert [Path(name).name for name in sources] == ["a.txt", "b.txt"]
+    assert isinstance(inputs[0], TextInput)
