@@ -27,6 +27,7 @@ from length_report import draw, report
 from length_worker import DTYPES, Job, run
 
 FIRST_LENGTH = 1 << 14
+QUICK_LENGTH = 1 << 16
 UNITS = {"K": 1 << 10, "M": 1 << 20}
 
 
@@ -64,7 +65,8 @@ def options() -> argparse.ArgumentParser:
 
 def jobs(arguments: argparse.Namespace, model: str) -> list[Job]:
     """The processes of a model: one a tier, and one with Llama."""
-    lengths = sorted(arguments.lengths or milestones(arguments.max_length))
+    longest = min(arguments.max_length, QUICK_LENGTH) if arguments.quick else arguments.max_length
+    lengths = sorted(arguments.lengths or milestones(longest))
     tiers = [(tier, False) for tier in arguments.tiers]
     if not arguments.no_llama:
         tiers.append(("device", True))
@@ -73,7 +75,7 @@ def jobs(arguments: argparse.Namespace, model: str) -> list[Job]:
             model=model,
             tier=tier,
             full_attention=full,
-            lengths=[length for length in lengths if not arguments.quick or length <= 1 << 16],
+            lengths=lengths,
             folder=arguments.folder or tempfile.gettempdir(),
             checkpoint=arguments.checkpoint if model == "demo" else None,
             dtype=arguments.dtype,
@@ -97,7 +99,8 @@ def main() -> None:
     for model in arguments.models:
         for job in jobs(arguments, model):
             results.setdefault(model, []).append(run_worker(asdict(job), environment={}))
-            write_json(arguments.json or arguments.output / "length.json", {"models": results})
+            for path in (arguments.output / "length.json", arguments.json):
+                write_json(path, {"models": results})
     text = "\n\n".join(f"## {name}\n\n{report(found)}" for name, found in results.items())
     print(f"\n{text}", flush=True)
     (arguments.output / "length.md").write_text(f"{hardware_line()}\n\n{text}\n")

@@ -118,7 +118,7 @@ def lay_out(
     made = []
     for segment in segments:
         cursors = [
-            replace(c, closing=bool(closing))
+            c._replace(closing=bool(closing))
             for c, closing in zip(cursors, segment["closing"], strict=True)
         ]
         before = [copy_of(row) for row in rows]

@@ -6,6 +6,7 @@ Shapes use the letters of docs/method.md: B rows, P positions, E width, H and G 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ class Rotary(NamedTuple):
 
     cos: Tensor
     sin: Tensor
+    """Negative in its first half."""
 
 
 def rotary_factors(
@@ -36,20 +38,28 @@ def rotary_factors(
     Angles are computed in float64: at position 1,000,000 float32 is off by a thirtieth of a radian.
     """
     assert config.head_dim is not None
-    half = torch.arange(config.head_dim // 2, dtype=torch.float64, device=device)
-    frequency = config.rope_theta ** (-2.0 * half / config.head_dim)
-    start = torch.tensor(first, dtype=torch.float64, device=device)[..., None]
-    position = start + torch.arange(count, dtype=torch.float64, device=device)
-    angle = position[..., None] * frequency
-    angle = torch.cat([angle, angle], dim=-1)[..., None, :]
+    if isinstance(first, int):
+        position = torch.arange(first, first + count, dtype=torch.float64, device=device)
+    else:
+        start = torch.tensor(first, dtype=torch.float64, device=device)[:, None]
+        position = start + torch.arange(count, dtype=torch.float64, device=device)
+    frequency = _frequencies(config.rope_theta, config.head_dim, device)
+    angle = position[..., None, None] * frequency
     return Rotary(angle.cos().float(), angle.sin().float())
+
+
+@cache
+def _frequencies(theta: float, head_dim: int, device: torch.device) -> Tensor:
+    """(D,) float64, D/2 rotary frequencies negated and once more as they are."""
+    half = torch.arange(head_dim // 2, dtype=torch.float64, device=device)
+    frequency = theta ** (-2.0 * half / head_dim)
+    return torch.cat([-frequency, frequency])
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Apply rotary positions to (B, P, heads, D); the halves of D are the pairs, as in Llama."""
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return (x * rotary.cos + turned * rotary.sin).to(x.dtype)
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)
+    return torch.addcmul(x * rotary.cos, swapped, rotary.sin).to(x.dtype)
 
 
 def alibi_slopes(num_heads: int) -> Tensor:

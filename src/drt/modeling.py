@@ -94,6 +94,16 @@ class DRTModel(DRTPreTrainedModel):
             DRTRMSNorm(config.hidden_size, config.rms_norm_eps) for _ in groups
         )
         self.query_projs = nn.ModuleList(landmark_projection(config) for _ in groups)
+        # Attributes of a config are slow to read, and these are read at every step.
+        self.lower_layers = range(lower)
+        self.layers_of_groups = _layers_of_groups(config)
+        self.retrieval_topk = config.retrieval_topk
+        self.uses_rope = config.position_embedding == "rope"
+        self.rules = ChunkRules(
+            chunk_size=config.chunk_size if groups else None,
+            landmark_starts_block=config.retrieval_onset == "landmark",
+            excluded_window=config.sliding_window if config.exclude_window_chunks else 0,
+        )
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -120,45 +130,33 @@ class DRTModel(DRTPreTrainedModel):
         landmark = None if self.landmark is None else self.landmark.to(embeddings.dtype)
         hidden = layout.to_positions(embeddings, landmark)
         rotary = self._rotary(layout, hidden)
-        for number in range(self.config.num_lower_layers):
-            hidden = self.layers[number](hidden, rotary, layout, _window(state, number))
+        layers = list(self.layers)
+        for number in self.lower_layers:
+            hidden = layers[number](hidden, rotary, layout, _window(state, number))
         memory = self._remember(hidden, layout, state, generator)
         retrievals: list[Retrieval] = []
         if memory is not None and not memory_only:
-            for group, numbers in enumerate(self._groups()):
+            for group, numbers in enumerate(self.layers_of_groups):
                 retrieval = self._retrieve(group, hidden, layout, memory)
                 chunks = _chunks_of_blocks(group, retrieval, layout, memory, state)
                 for number in numbers:
                     window = _window(state, number)
-                    hidden = self.layers[number](hidden, rotary, layout, window, chunks)
+                    hidden = layers[number](hidden, rotary, layout, window, chunks)
                 retrievals.append(retrieval)
         if state is not None:
             state.cursors = cursors
         return DRTModelOutput(hidden, layout, tuple(retrievals))
 
-    def _groups(self) -> Iterator[range]:
-        """The layer numbers of each retrieval group."""
-        first = self.config.num_lower_layers
-        for size in self.config.retrieval_groups:
-            yield range(first, first + size)
-            first += size
-
     def _layout(
         self, embeddings: Tensor, state: DRTState | None, marks: Marks
     ) -> tuple[SegmentLayout, list[Cursor]]:
         """Where this segment's landmarks go, and where the rows stand after it."""
-        config = self.config
         cursors = [Cursor()] * embeddings.shape[0] if state is None else state.cursors
-        rules = ChunkRules(
-            chunk_size=config.chunk_size if config.retrieval_groups else None,
-            landmark_starts_block=config.retrieval_onset == "landmark",
-            excluded_window=config.sliding_window if config.exclude_window_chunks else 0,
-        )
         count, device = embeddings.shape[1], embeddings.device
-        return plan_segment(cursors, count, rules=rules, marks=marks, device=device)
+        return plan_segment(cursors, count, rules=self.rules, marks=marks, device=device)
 
     def _rotary(self, layout: SegmentLayout, hidden: Tensor) -> Rotary | None:
-        if self.config.position_embedding != "rope":
+        if not self.uses_rope:
             return None
         rows = layout.first_positions
         first = rows[0] if min(rows) == max(rows) else rows
@@ -184,7 +182,8 @@ class DRTModel(DRTPreTrainedModel):
             opened = hidden[:, :0]
         closed, opened = layout.split_chunks(hidden, opened)
         if state is not None:
-            state.opened = opened.detach().clone()
+            # A copy where it is a part of something larger.
+            state.opened = opened.detach().clone() if layout.num_closed else opened.detach()
         if layout.num_closed:
             lengths = layout.chunk_lengths
             on_device = None if lengths is None else lengths.to(hidden.device)
@@ -196,13 +195,22 @@ class DRTModel(DRTPreTrainedModel):
         self, group: int, hidden: Tensor, layout: SegmentLayout, memory: ChunkMemory
     ) -> Retrieval:
         """What each landmark of the segment retrieves for one group."""
-        topk = self.config.retrieval_topk
+        topk = self.retrieval_topk
         if layout.num_closed == 0:
             scores = hidden.new_zeros(hidden.shape[0], 0, topk, dtype=torch.float32)
             return Retrieval(scores.long(), scores, scores)
         queries = self.query_norms[group](layout.take_landmarks(hidden))
         queries = self.query_projs[group](queries)
         return memory.search(queries, layout.limits, topk=topk, firsts=layout.firsts)
+
+
+def _layers_of_groups(config: DRTConfig) -> list[range]:
+    """The layer numbers of each retrieval group."""
+    first, groups = config.num_lower_layers, []
+    for size in config.retrieval_groups:
+        groups.append(range(first, first + size))
+        first += size
+    return groups
 
 
 class DRTForCausalLM(DRTPreTrainedModel, DRTGeneration, GenerationMixin):

@@ -90,6 +90,12 @@ class EvaluationConfig:
     """Questions on a single needle at lengths above `long_from`."""
     long_from: int = 262144
     """Lengths above this many tokens count as longest."""
+    multi_up_to: int = 1048576
+    """Longest context, in tokens, in which several needles are asked for."""
+    memory: Literal["host", "disk"] = "host"
+    """Where chunks are kept while a context is read and asked: in RAM, or in a temporary folder."""
+    memory_dtype: Literal["computed", "float32", "bfloat16", "int8"] = "computed"
+    """How keys and values are stored; computed = in the precision of the run."""
     seed: int = 1
     """Seed of the evaluation examples."""
     segment_size: int = 4096

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +75,7 @@ def save_state(
         "format": FORMAT,
         "version": VERSION,
         "fingerprint": dict(fingerprint),
-        "cursor": asdict(state.cursors[0]),
+        "cursor": state.cursors[0]._asdict(),
         "window_lengths": [window.lengths for window in state.windows],
         "num_columns": state.num_columns,
         "notes": dict(notes or {}),

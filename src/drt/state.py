@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -70,8 +69,9 @@ class WindowCache:
         joined = new if cached is None else torch.cat([cached.to(new.dtype), new], dim=2)
         kept = max(self.lengths)
         if layout.is_even:
-            # A copy, or the slice would keep the whole segment alive.
-            return joined, joined[:, :, joined.shape[2] - kept :].clone()
+            last = joined[:, :, joined.shape[2] - kept :]
+            # A slice of little more than itself costs less than a copy, one of a segment more.
+            return joined, last if joined.shape[2] <= 2 * kept else last.clone()
         ends = torch.tensor(layout.counts, device=new.device) + joined.shape[2] - new.shape[2]
         place = (ends[:, None] + torch.arange(-kept, 0, device=new.device)).clamp_min(0)
         index = place[:, None, :, None].expand(-1, joined.shape[1], -1, joined.shape[3])
@@ -163,7 +163,7 @@ class DRTState(Cache):
             rows: the rows to do this for; None = all.
         """
         for row in range(len(self.cursors)) if rows is None else rows:
-            self.cursors[row] = replace(self.cursors[row], closing=self.cursors[row].opened > 0)
+            self.cursors[row] = self.cursors[row]._replace(closing=self.cursors[row].opened > 0)
 
     def fork(self) -> DRTState:
         """A state that goes on from here on its own; what the memory holds is shared."""
@@ -180,7 +180,7 @@ class DRTState(Cache):
         self.forget_layers(0)
         counts = num_tokens if isinstance(num_tokens, list) else [num_tokens] * self.batch_size
         self.cursors = [
-            replace(cursor, tokens=cursor.tokens + count)
+            cursor._replace(tokens=cursor.tokens + count)
             for cursor, count in zip(self.cursors, counts, strict=True)
         ]
 
@@ -198,7 +198,8 @@ class DRTState(Cache):
     def note_ids(self, input_ids: Tensor) -> None:
         """Remember the last ids that were read, (B, T), to recognize them."""
         self.num_columns += input_ids.shape[1]
-        self._recent_ids.append(input_ids[:, -_NUM_RECENT:].clone())
+        last = input_ids[:, -_NUM_RECENT:]
+        self._recent_ids.append(last.clone() if input_ids.shape[1] > _NUM_RECENT else last)
         del self._recent_ids[:-_NUM_RECENT]
 
     def check_new(self, input_ids: Tensor) -> None:

@@ -37,6 +37,9 @@ class Marks(NamedTuple):
     """(B, T) int64; tokens of different documents do not see each other; None = one document."""
 
 
+_NONE = np.empty(0, dtype=np.int64)
+
+
 def plan_segment(
     cursors: Sequence[Cursor],
     num_columns: int,
@@ -57,6 +60,10 @@ def plan_segment(
     Returns:
         The layout, and where each row stands after the segment.
     """
+    if all(mark is None for mark in marks) and all(
+        _stays_open(c, num_columns, rules) for c in cursors
+    ):
+        return _open_segment(cursors, num_columns, rules, device)
     columns = _columns(len(cursors), num_columns, marks.content)
     plans = [
         plan_row(
@@ -83,6 +90,30 @@ def plan_segment(
     if _is_grid(cursors, plans, num_columns, rules.chunk_size):
         return GridLayout(cursors, plans[0], **shared), after
     return RaggedLayout(cursors, plans, columns, num_columns=num_columns, **shared), after
+
+
+def _stays_open(cursor: Cursor, length: int, rules: ChunkRules) -> bool:
+    """Whether nothing but content comes in this segment: the usual step of decoding."""
+    if cursor.closing or cursor.first_position:
+        return False
+    return rules.chunk_size is None or cursor.opened + length < rules.chunk_size
+
+
+def _open_segment(
+    cursors: Sequence[Cursor], length: int, rules: ChunkRules, device: torch.device
+) -> tuple[SegmentLayout, list[Cursor]]:
+    opened = length if rules.chunk_size is not None else 0
+    plan = RowPlan(length, _NONE, _NONE, opened, _NONE, None)
+    layout = GridLayout(
+        cursors,
+        plan,
+        chunk_size=rules.chunk_size,
+        landmark_starts_block=rules.landmark_starts_block,
+        limits=torch.empty(len(cursors), 0, dtype=torch.int64),
+        firsts=None,
+        device=device,
+    )
+    return layout, [c._replace(tokens=c.tokens + length, opened=c.opened + opened) for c in cursors]
 
 
 def _columns(batch: int, num_columns: int, content: np.ndarray | None) -> list[np.ndarray]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from drt.cli.configs import find_config
+from drt.cli.lengths import length
 
 NAME = "demo"
 HELP = "Train a DRT and a sliding-window model, and ask both in contexts of up to a million tokens."
@@ -24,6 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--baseline", default="demo-baseline", help="configuration of the sliding-window model"
     )
     parser.add_argument("--corpus", help="haystack: text file, folder, .jsonl or .jsonl.xz")
+    parser.add_argument(
+        "--max-length",
+        type=length,
+        help="ask for the single needle in longer contexts too, each four times the last: 16M",
+    )
     parser.add_argument("--overwrite", action="store_true", help="train again from nothing")
 
 
@@ -38,6 +44,8 @@ def run(options: argparse.Namespace) -> None:
     # Bars for saving and loading 2 MB would only hide those that matter.
     disable_progress_bar()
     overrides = list(options.overrides)
+    if options.max_length:
+        overrides.append(f"evaluation.lengths={_longer(options)}")
     if options.corpus:
         overrides.append(f"corpus={options.corpus}")
     configs: dict[str, Any] = {
@@ -49,3 +57,13 @@ def run(options: argparse.Namespace) -> None:
     print(f"{results['seconds']['total']:,.0f} s, peak {results['peak_rss_bytes'] / 2**30:.2f} GiB")
     for name in ("results.json", "figure.png", "report.html"):
         print(options.output / name)
+
+
+def _longer(options: argparse.Namespace) -> list[int]:
+    """The configured lengths and those up to the longest that was asked for."""
+    from drt.training import load_config
+
+    lengths = sorted(load_config(find_config(options.config), options.overrides).evaluation.lengths)
+    while lengths[-1] < options.max_length:
+        lengths.append(min(4 * lengths[-1], options.max_length))
+    return lengths

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from drt.cli.checkpoints import find_model
+from drt.cli.lengths import length
 
 NAME = "eval"
 HELP = "Ask a trained model for needles at several context lengths."
@@ -17,10 +18,18 @@ EPILOG = "Example: drt eval runs/demo/drt --lengths 1024 65536 --task multi"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("checkpoint", type=Path, help="folder of a run or of a saved model")
-    parser.add_argument("--lengths", type=int, nargs="+", help="context lengths in tokens")
+    parser.add_argument(
+        "--lengths", type=length, nargs="+", help="context lengths in tokens: 1024 64K 16M"
+    )
     parser.add_argument("--task", choices=("single", "multi", "all"), default="all")
     parser.add_argument("--questions", type=int, help="questions per length and task")
     parser.add_argument("--corpus", help="haystack: text file, folder, .jsonl or .jsonl.xz")
+    parser.add_argument("--memory", choices=("host", "disk"), help="where chunks are kept")
+    parser.add_argument(
+        "--memory-dtype",
+        choices=("computed", "float32", "bfloat16", "int8"),
+        help="how keys and values are stored",
+    )
     parser.add_argument("--seed", type=int, help="seed of the examples")
     parser.add_argument("--json", type=Path, help="also write the scores to this file")
 
@@ -65,6 +74,10 @@ def _evaluation(options: argparse.Namespace, evaluation: Any) -> Any:
         changes["lengths"] = options.lengths
     if options.questions is not None:
         changes |= {"num_questions": options.questions, "num_questions_longest": options.questions}
+    if options.memory:
+        changes["memory"] = options.memory
+    if options.memory_dtype:
+        changes["memory_dtype"] = options.memory_dtype
     if options.seed is not None:
         changes["seed"] = options.seed
     return replace(evaluation, **changes)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
 
 from drt.data import Corpus, NeedleTask
-from drt.evaluation.needles import NeedleScore, evaluate_needles
+from drt.evaluation.needles import NeedleScore, evaluate_needles, temporary_memory
 from drt.modeling import DRTForCausalLM
 from drt.run_config import EvaluationConfig
 
@@ -30,7 +31,12 @@ def score_by_length(
     tasks: tuple[str, ...] = TASKS,
 ) -> dict[str, list[NeedleScore]]:
     """Score a model on its tasks at every length, shortest first, with a progress bar."""
-    plan = [(task, length) for length in sorted(evaluation.lengths) for task in tasks]
+    plan = [
+        (task, length)
+        for length in sorted(evaluation.lengths)
+        for task in tasks
+        if task == "single" or length <= evaluation.multi_up_to
+    ]
     scores: dict[str, list[NeedleScore]] = {task: [] for task in tasks}
     # Long contexts take the time: the bar counts tokens read.
     total = sum(_contexts(evaluation, *item) * item[1] for item in plan)
@@ -45,6 +51,7 @@ def score_by_length(
                 num_questions=questions_at(evaluation, task, length),
                 seed=evaluation.seed,
                 segment_size=evaluation.segment_size,
+                new_memory=partial(temporary_memory, evaluation.memory, evaluation.memory_dtype),
                 on_context=lambda tokens: bar.update(tokens),
             )
             scores[task].append(score)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from tempfile import TemporaryDirectory
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from drt.data import Corpus, NeedleQuestion, NeedleTask, score_answer
 from drt.evaluation.memory import peak_rss, reset_peak_rss
+from drt.memory import ChunkMemory, DiskMemory, HostMemory
 from drt.modeling import DRTForCausalLM
 from drt.retrieval import Retrieval
 from drt.state import DRTState
@@ -46,12 +49,39 @@ class NeedleScore(NamedTuple):
     """Peak memory of the process during this measurement; None where it cannot be reset."""
 
 
+@contextmanager
+def temporary_memory(
+    place: Literal["host", "disk"] = "host",
+    dtype: Literal["computed", "float32", "bfloat16", "int8"] = "computed",
+) -> Iterator[ChunkMemory]:
+    """An empty memory in RAM or in a temporary folder, gone at the end.
+
+    Args:
+        place: where the chunks are kept.
+        dtype: how keys and values are stored; computed = as they come.
+    """
+    stored = None if dtype == "computed" else getattr(torch, dtype)
+    if place == "host":
+        with HostMemory(dtype=stored) as memory:
+            yield memory
+        return
+    with (
+        TemporaryDirectory(prefix="drt-") as folder,
+        DiskMemory.create(folder, fingerprint={}, dtype=stored, fsync="never") as memory,
+    ):
+        yield memory
+
+
 @torch.no_grad()
 def read_context(
-    model: DRTForCausalLM, context_ids: Tensor, *, segment_size: int = 4096
+    model: DRTForCausalLM,
+    context_ids: Tensor,
+    *,
+    segment_size: int = 4096,
+    memory: ChunkMemory | None = None,
 ) -> DRTState:
-    """Read (B, T) tokens into a new state."""
-    state = model.new_state(context_ids.shape[0])
+    """Read (1, T) tokens into a new state, with this memory or one on the model's device."""
+    state = model.new_state(context_ids.shape[0], memory=memory)
     model.read(context_ids, state, segment_size=segment_size)
     return state
 
@@ -97,6 +127,7 @@ def evaluate_needles(
     num_questions: int,
     seed: int = 1,
     segment_size: int = 4096,
+    new_memory: Callable[[], AbstractContextManager[ChunkMemory]] = temporary_memory,
     on_context: Callable[[int], object] | None = None,
 ) -> NeedleScore:
     """Score a model on one needle task at one length.
@@ -111,6 +142,7 @@ def evaluate_needles(
         num_questions: questions to ask at least; whole examples are used.
         seed: seed of the examples.
         segment_size: tokens of one forward while reading.
+        new_memory: makes the memory that a context is read into.
         on_context: called after each example with the tokens read.
     """
     if num_questions < 1:
@@ -124,9 +156,9 @@ def evaluate_needles(
             corpus, seed=seed, index=examples, length=length, chunk_size=model.config.chunk_size
         )
         context = torch.as_tensor(example.context_ids, device=model.device)[None]
-        state = read_context(model, context, segment_size=segment_size)
-        said = [ask(model, state, question) for question in example.questions]
-        answers += said
+        with new_memory() as memory:
+            state = read_context(model, context, segment_size=segment_size, memory=memory)
+            answers += [ask(model, state, question) for question in example.questions]
         examples += 1
         if on_context is not None:
             on_context(length)

@@ -23,7 +23,9 @@ from drt.retrieval import Retrieval, retrieval_weights
 if TYPE_CHECKING:
     from drt.memory.files import FsyncPolicy
 
-DEFAULT_SLAB_SIZE = 4096
+# Slabs are as large as this many bytes of records, or hold this many chunks if that is less: few
+# enough that searching them costs no more than reading their landmarks.
+_SLAB_BYTES, _SLAB_CHUNKS = 1 << 29, 1 << 16
 
 _BLOCK = 256
 
@@ -34,15 +36,15 @@ class Options:
 
     dtype: torch.dtype | None = None
     """Storage dtype of keys and values, one of `STORAGE_DTYPES`; None = as appended."""
-    slab_size: int = DEFAULT_SLAB_SIZE
-    """Chunks of the largest slabs; the first ones are smaller."""
+    slab_size: int | None = None
+    """Chunks of the largest slabs; the first ones are smaller. None = about 512 MiB of records."""
     landmark_dtype: torch.dtype = torch.float32
     """float32 or bfloat16."""
     scan: Scan = "float32"
     """"bfloat16" scans rounded copies for four times the chunks and ranks these in float32."""
 
     def __post_init__(self) -> None:
-        if self.slab_size < 1:
+        if self.slab_size is not None and self.slab_size < 1:
             raise ValueError(f"slab_size must be at least 1, got {self.slab_size}")
         if self.dtype is not None and self.dtype not in STORAGE_DTYPES:
             raise ValueError(f"dtype must be one of {STORAGE_DTYPES}, got {self.dtype}")
@@ -83,11 +85,11 @@ class InferenceMemory(ABC):
                 or lengths out of range.
         """
         self._check_open()
-        if self._layout is not None:
-            # A run of another precision may go on with a memory.
-            keys, values = (x.to(self._layout.compute_dtype) for x in (keys, values))
         chunks = _Appended(landmarks, keys, values, lengths)
         layout, rows = self._layout or self._new_layout(chunks), self._rows
+        # A run of another precision may go on with a memory.
+        keys, values = (x.to(layout.compute_dtype) for x in (keys, values))
+        chunks = _Appended(landmarks, keys, values, lengths)
         chunks.check_against(layout, len(rows))
         if not rows:
             rows = [Row() for _ in range(landmarks.shape[0])]
@@ -199,7 +201,7 @@ class InferenceMemory(ABC):
         *,
         fingerprint: Mapping[str, str],
         row: int = 0,
-        slab_size: int = DEFAULT_SLAB_SIZE,
+        slab_size: int | None = None,
         fsync: FsyncPolicy = "commit",
     ) -> None:
         """Write one row to a new folder that `DiskMemory.open` reads, bytes as they are stored.
@@ -208,7 +210,7 @@ class InferenceMemory(ABC):
             folder: where; it must not hold a memory.
             fingerprint: what made the memory, as in `DiskMemory.create`.
             row: which row.
-            slab_size: chunks per file.
+            slab_size: chunks per file; None = about 512 MiB of records.
             fsync: as in `DiskMemory.create`.
 
         Raises:
@@ -261,7 +263,17 @@ class InferenceMemory(ABC):
         """Where the records are, given the model's device."""
 
     def _append_row(self, row: Row, chunks: EncodedChunks) -> None:
-        row.append(chunks, self._new_slab, self.options.slab_size)
+        row.append(chunks, self._new_slab, self.slab_size)
+
+    @property
+    def slab_size(self) -> int:
+        """Chunks of the largest slabs; known from the first append on."""
+        if self.options.slab_size is None:
+            assert self._layout is not None
+            fitting = _SLAB_BYTES // self._layout.records.record_bytes
+            # A power of two, as capacities are that double.
+            return min(1 << max(fitting, 1).bit_length() - 1, _SLAB_CHUNKS)
+        return self.options.slab_size
 
     def _new_slab(self, capacity: int) -> RamSlab:
         assert self._layout is not None

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drt.memory.base import DEFAULT_SLAB_SIZE, InferenceMemory, Options
+from drt.memory.base import InferenceMemory, Options
 from drt.memory.disk_slab import DiskSlab
 from drt.memory.files import FSYNC_POLICIES, FileMode, FolderLock, FsyncPolicy, sync_folder
 from drt.memory.journal import Journal, make_entries
@@ -46,7 +46,7 @@ class DiskMemory(InferenceMemory):
         fingerprint: Mapping[str, str],
         dtype: torch.dtype | None = None,
         landmark_dtype: torch.dtype = torch.float32,
-        slab_size: int = DEFAULT_SLAB_SIZE,
+        slab_size: int | None = None,
         scan: Scan = "float32",
         fsync: FsyncPolicy = "commit",
         verify_reads: bool = True,
@@ -58,7 +58,7 @@ class DiskMemory(InferenceMemory):
             fingerprint: what made the memory, say {"model": ..., "tokenizer": ...}.
             dtype: storage dtype of keys and values; None = as appended.
             landmark_dtype: float32 or bfloat16.
-            slab_size: chunks per file.
+            slab_size: chunks per file; None = about 512 MiB of records.
             scan: as in `DeviceMemory`.
             fsync: when appended chunks are forced to the medium: "always" by the append, "commit"
                 by `commit()` and `close()`, "never". Only a power cut makes a difference.
@@ -177,12 +177,12 @@ class DiskMemory(InferenceMemory):
         self._journal.truncate(num_chunks)
         if self._fsync != "never":
             self._journal.sync()
-        whole = num_chunks // self.options.slab_size
+        whole = num_chunks // self.slab_size
         self._rows = [Row(self._rows[0].views[:whole])]
         self._written = [slab for slab in self._written if slab.first + slab.filled <= num_chunks]
-        self._journal.count = whole * self.options.slab_size
+        self._journal.count = whole * self.slab_size
         self._load()
-        self._drop_unused_files(-(-num_chunks // self.options.slab_size))
+        self._drop_unused_files(-(-num_chunks // self.slab_size))
 
     def refresh(self) -> int:
         """See what the writer has added since; the number of new chunks.
@@ -268,7 +268,7 @@ class DiskMemory(InferenceMemory):
 
     def _parts(self, row: Row, total: int) -> Iterator[tuple[DiskSlab, slice]]:
         """Which of `total` new chunks go to which slab, new ones as needed."""
-        size, done = self.options.slab_size, 0
+        size, done = self.slab_size, 0
         while done < total:
             index, used = divmod(row.count + done, size)
             last = row.views[-1].slab if used else self._open_slab(index, "make")
@@ -279,7 +279,7 @@ class DiskMemory(InferenceMemory):
 
     def _open_slab(self, index: int, mode: FileMode) -> DiskSlab:
         assert self._layout is not None
-        capacity, verify = self.options.slab_size, self.verify_reads
+        capacity, verify = self.slab_size, self.verify_reads
         return DiskSlab(
             self._layout, self.folder, index, capacity=capacity, mode=mode, verify=verify
         )
@@ -291,7 +291,7 @@ class DiskMemory(InferenceMemory):
         return journal
 
     def _manifest(self, layout: Layout) -> Manifest:
-        size = self.options.slab_size
+        size = self.slab_size
         return Manifest.of(layout, slab_size=size, fingerprint=self.fingerprint)
 
     def _start(self, writable: bool) -> None:
@@ -312,7 +312,7 @@ class DiskMemory(InferenceMemory):
     def _load(self) -> None:
         """Take in the journal's entries behind what is here."""
         assert self._journal is not None
-        row, size = self._rows[0], self.options.slab_size
+        row, size = self._rows[0], self.slab_size
         mode: FileMode = "write" if self.writable else "read"
         entries = self._journal.read()
         while len(entries):

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from drt.memory.base import DEFAULT_SLAB_SIZE, InferenceMemory
+from drt.memory.base import InferenceMemory
 from drt.memory.disk import DiskMemory
 from drt.memory.files import MemoryFormatError
 from drt.memory.manifest import Manifest, parse_manifest
@@ -55,7 +55,7 @@ def export_safetensors(
     folder.mkdir(parents=True, exist_ok=True)
     if fingerprint is None:
         fingerprint = memory.fingerprint if isinstance(memory, DiskMemory) else {}
-    manifest = Manifest.of(layout, slab_size=memory.options.slab_size, fingerprint=fingerprint)
+    manifest = Manifest.of(layout, slab_size=memory.slab_size, fingerprint=fingerprint)
     size = max(shard_bytes // layout.records.record_bytes, 1)
     total = max(-(-memory.counts[row] // size), 1)
     paths = []
@@ -108,7 +108,7 @@ def import_safetensors(
     folder: str | Path,
     *,
     fingerprint: Mapping[str, str] | None = None,
-    slab_size: int = DEFAULT_SLAB_SIZE,
+    slab_size: int | None = None,
 ) -> DiskMemory:
     """Make a memory folder of what `export_safetensors` wrote, bit for bit.
 
@@ -116,7 +116,7 @@ def import_safetensors(
         source: the folder of the shards.
         folder: the new memory's; it must not hold one.
         fingerprint: what the shards' fingerprint must say, for the keys given here.
-        slab_size: chunks per file.
+        slab_size: chunks per file; None = about 512 MiB of records.
 
     Returns:
         The new memory, open for writing.

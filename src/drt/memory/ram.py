@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from drt.memory.base import DEFAULT_SLAB_SIZE, InferenceMemory, Options
+from drt.memory.base import InferenceMemory, Options
 from drt.memory.slabs import Scan
 
 
@@ -14,7 +14,8 @@ class DeviceMemory(InferenceMemory):
     Args:
         dtype: storage dtype of keys and values: float32, bfloat16, float16 or int8; None = as
             appended. What is gathered has the dtype of what was appended.
-        slab_size: chunks of the largest slabs; a row's first ones are smaller.
+        slab_size: chunks of the largest slabs; a row's first ones are smaller. None = about 512 MiB
+            of records.
         landmark_dtype: float32 or bfloat16.
         scan: "bfloat16" scans landmarks rounded to it and ranks four times K candidates in
             float32: near exact, half the bytes to read, and half as many again to keep.
@@ -27,7 +28,7 @@ class DeviceMemory(InferenceMemory):
         self,
         *,
         dtype: torch.dtype | None = None,
-        slab_size: int = DEFAULT_SLAB_SIZE,
+        slab_size: int | None = None,
         landmark_dtype: torch.dtype = torch.float32,
         scan: Scan = "float32",
     ) -> None:

@@ -98,7 +98,7 @@ def grouped_cross_attention(
 
 def _without_autocast(device_type: str) -> AbstractContextManager:
     """The operator has one precision policy; autocast would change it half-way."""
-    if torch.amp.is_autocast_available(device_type):
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
