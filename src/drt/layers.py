@@ -298,11 +298,17 @@ class ChunkEncoder(nn.Module):
         return split.transpose(2, 3).contiguous().transpose(2, 3)
 
 
+class LandmarkProjection(nn.Linear):
+    """From the model's width to that of landmarks and retrieval queries."""
+
+    def __init__(self, config: DRTConfig) -> None:
+        assert config.landmark_size is not None
+        super().__init__(config.hidden_size, config.landmark_size, bias=False)
+
+
 def landmark_projection(config: DRTConfig) -> nn.Module:
-    """From the model's width to that of landmarks; nothing where they are the same."""
-    if config.landmark_size is None:
-        return nn.Identity()
-    return nn.Linear(config.hidden_size, config.landmark_size, bias=False)
+    """A `LandmarkProjection`; nothing where landmarks are as wide as the model."""
+    return nn.Identity() if config.landmark_size is None else LandmarkProjection(config)
 
 
 def _landmarks(encoded: Tensor, lengths: Tensor | None) -> Tensor:

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
 from drt.arguments import check_state, loss_kwargs, make_marks, move_right
+from drt.block_retrieval import chunks_of_blocks
 from drt.chunking import ChunkRules, Cursor, Marks, SegmentLayout, plan_segment
 from drt.configuration import DRTConfig
 from drt.generation import DRTGeneration
@@ -26,14 +27,15 @@ from drt.layers import (
     ChunkEncoder,
     DRTDecoderLayer,
     DRTRMSNorm,
+    LandmarkProjection,
     Rotary,
     landmark_projection,
     rotary_factors,
 )
 from drt.memory import ChunkMemory, TrainingMemory
-from drt.retrieval import Retrieval, RetrievedChunks
+from drt.retrieval import Retrieval
 from drt.saved_state import load_state, model_fingerprint, save_state
-from drt.state import CurrentRetrieval, DRTState
+from drt.state import DRTState
 
 
 @dataclass
@@ -73,6 +75,9 @@ class DRTPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, DRTModel) and module.landmark is not None:
             init.normal_(module.landmark, mean=0.0, std=self.config.initializer_range)
+        if isinstance(module, LandmarkProjection):
+            # Scores then begin on the scale that they have without a projection.
+            init.normal_(module.weight, mean=0.0, std=module.in_features**-0.5)
 
 
 class DRTModel(DRTPreTrainedModel):
@@ -138,7 +143,7 @@ class DRTModel(DRTPreTrainedModel):
         if memory is not None and not memory_only:
             for group, numbers in enumerate(self.layers_of_groups):
                 retrieval = self._retrieve(group, hidden, layout, memory)
-                chunks = _chunks_of_blocks(group, retrieval, layout, memory, state)
+                chunks = chunks_of_blocks(group, retrieval, layout, memory, state)
                 for number in numbers:
                     window = _window(state, number)
                     hidden = layers[number](hidden, rotary, layout, window, chunks)
@@ -443,59 +448,3 @@ def _segments(begin: int, length: int, tail: int, size: int) -> Iterator[tuple[i
         end = min(begin + size, limit)
         yield begin, end
         begin = end
-
-
-def _chunks_of_blocks(
-    group: int,
-    retrieval: Retrieval,
-    layout: SegmentLayout,
-    memory: ChunkMemory,
-    state: DRTState | None,
-) -> RetrievedChunks | None:
-    """The chunks that each block of the segment attends to; the state keeps what holds after it.
-
-    A block goes on with the retrieval that was current before the segment, uses what a landmark of
-    the segment retrieved, or, where a document begins, nothing.
-    """
-    current = None if state is None else state.current[group]
-    if layout.num_closed == 0 and layout.num_blocks == 1:
-        return None if current is None else current.chunks
-    numbers, weights = retrieval.indices, retrieval.weights
-    before = numbers.new_full((numbers.shape[0], 1, numbers.shape[2]), -1)
-    if current is not None:
-        before = current.numbers
-    kept = weights.new_zeros(before.shape) if current is None else current.chunks.weights
-    numbers, weights = torch.cat([before, numbers], 1), torch.cat([kept, weights], 1)
-    chunks = memory.gather(numbers)
-    pool = RetrievedChunks(chunks.keys, chunks.values, chunks.lengths, chunks.indices, weights)
-    if state is not None:
-        held = _of_sources(pool._replace(indices=numbers), layout.final_sources[:, None]).indices
-        last = _of_sources(pool, layout.final_sources[:, None])
-        state.current[group] = CurrentRetrieval(held, _compact(last))
-    return _of_sources(pool, layout.block_sources)
-
-
-def _of_sources(chunks: RetrievedChunks, sources: Tensor) -> RetrievedChunks:
-    """The retrievals (B, NB, K) that the (NB,) or (B, NB) `sources` name; -1 names none."""
-    if sources.dim() == 1:
-        sources = sources[None]
-    batch, _, topk = chunks.indices.shape
-    index = sources.expand(batch, -1)[..., None].expand(-1, -1, topk)
-    place = index.clamp_min(0)
-    return chunks._replace(
-        indices=chunks.indices.gather(1, place).masked_fill(index < 0, -1),
-        weights=chunks.weights.gather(1, place).masked_fill(index < 0, 0.0),
-    )
-
-
-def _compact(chunks: RetrievedChunks) -> RetrievedChunks:
-    """Only the chunks that are in use, B * K of them in the order of use."""
-    flat = chunks.indices.flatten().clamp_min(0)
-    order = torch.arange(len(flat), device=flat.device).view(chunks.indices.shape)
-    return RetrievedChunks(
-        chunks.keys.transpose(1, 2)[flat].transpose(1, 2),
-        chunks.values.transpose(1, 2)[flat].transpose(1, 2),
-        None if chunks.lengths is None else chunks.lengths[flat],
-        order.masked_fill(chunks.indices < 0, -1),
-        chunks.weights,
-    )

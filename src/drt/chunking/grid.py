@@ -124,6 +124,11 @@ class GridLayout(SegmentLayout):
         """See `SegmentLayout`."""
         if self.num_blocks == 1:
             return hidden.unsqueeze(1)
+        if self._is_short:
+            first = self._in_first_block
+            width = max(first, self.num_positions - first)
+            parts = hidden[:, :first], hidden[:, first:]
+            return torch.stack([F.pad(x, (0, 0, 0, width - x.shape[1])) for x in parts], dim=1)
         width = self.chunk_size + 1
         after = self.num_blocks * width - self._offset_in_block - self.num_positions
         padded = F.pad(hidden, (0, 0, self._offset_in_block, after))
@@ -131,7 +136,20 @@ class GridLayout(SegmentLayout):
 
     def from_blocks(self, blocks: Tensor) -> Tensor:
         """See `SegmentLayout`."""
+        if self.num_blocks > 1 and self._is_short:
+            first = self._in_first_block
+            rest = self.num_positions - first
+            return torch.cat([blocks[:, 0, :first], blocks[:, 1, :rest]], dim=1)
         flat = blocks.flatten(1, 2)
         if self.num_blocks == 1:
             return flat
         return flat[:, self._offset_in_block : self._offset_in_block + self.num_positions]
+
+    @property
+    def _is_short(self) -> bool:
+        """Whether whole blocks would be mostly padding: a landmark met in decoding."""
+        return self.num_blocks == 2 and 2 * self.num_positions <= self.chunk_size
+
+    @property
+    def _in_first_block(self) -> int:
+        return self.chunk_size + 1 - self._offset_in_block

@@ -137,7 +137,9 @@ class RaggedLayout(SegmentLayout):
         rows = torch.cat(
             [rows, rows.new_zeros(1, rows.shape[1]) if landmark is None else landmark[None]]
         )
-        return rows[self._sources]
+        return rows.index_select(0, self._sources.flatten()).view(
+            *self._sources.shape, rows.shape[1]
+        )
 
     def split_chunks(self, hidden: Tensor, opened: Tensor) -> tuple[Tensor, Tensor]:
         """See `SegmentLayout`."""
@@ -167,10 +169,12 @@ class RaggedLayout(SegmentLayout):
 
 def _take(hidden: Tensor, index: Tensor) -> Tensor:
     """(B, P, E) at (B, n) -> (B, n, E); a row of no positions gives zeros."""
-    if hidden.shape[1] == 0:
-        return hidden.new_zeros(*index.shape, hidden.shape[-1])
-    row = torch.arange(hidden.shape[0], device=hidden.device)[:, None]
-    return hidden[row, index]
+    batch, count, width = hidden.shape
+    if count == 0:
+        return hidden.new_zeros(*index.shape, width)
+    # Of the ways to say this, the fastest on CPU, forward and backward.
+    first = torch.arange(batch, device=hidden.device)[:, None] * count
+    return hidden.flatten(0, 1).index_select(0, (index + first).flatten()).view(*index.shape, width)
 
 
 def _pad(rows: Sequence[np.ndarray], width: int, fill: int) -> np.ndarray:
