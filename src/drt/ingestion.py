@@ -214,20 +214,23 @@ class Ingestion:
             OSError: the disk is full or fails; what was committed stands.
         """
         meter = _Meter(on_progress)
+        left = self.remaining(inputs)
         waiting: deque[_Block] = deque()
-        held, reach = 0, self.model.reach
-        for block in self._blocks(self.remaining(inputs), meter):
+        # At least one token waits, so that there is always a place to go on from.
+        held, reach = 0, max(self.model.reach, 1)
+        for block in self._blocks(left, meter):
             waiting.append(block)
             held += len(block.ids)
             while held >= self.segment_size + reach:
-                self._feed(_take(waiting, self.segment_size), waiting, complete=False)
+                self._feed(_take(waiting, self.segment_size), complete=False)
+                self._go_on_from(waiting[0].place, left)
                 held -= self.segment_size
                 meter.add(self.segment_size)
                 self._commit_if_due()
         if held:
-            self._feed(_take(waiting, held), waiting, complete=True)
+            self._feed(_take(waiting, held), complete=True)
             meter.add(held)
-        self._mark_finished(inputs)
+        self._go_on_from(None, left)
         self.commit()
         return meter.tokens
 
@@ -257,7 +260,7 @@ class Ingestion:
         place = Place(item.name, item.size, piece.source, piece.start, 0)
         return _Block(ids, piece.start + ends, place, piece.is_last)
 
-    def _feed(self, blocks: list[_Block], waiting: deque[_Block], *, complete: bool) -> None:
+    def _feed(self, blocks: list[_Block], *, complete: bool) -> None:
         """Read tokens into the state and the log."""
         ids = np.concatenate([block.ids for block in blocks])
         closes = np.zeros(len(ids), dtype=np.bool_)
@@ -270,7 +273,15 @@ class Ingestion:
             segment_size=self.segment_size,
             complete=complete,
         )
-        self.notes.place = waiting[0].place if waiting else None
+
+    def _go_on_from(self, place: Place | None, inputs: Sequence[TextInput]) -> None:
+        """Note where the next token stands, and which inputs are thereby at their end."""
+        self.notes.place = place
+        for item in inputs:
+            if place is not None and item.name == place.input:
+                return
+            if item.name != STDIN:
+                self.notes.finished[item.name] = item.size
 
     def _log(self, blocks: list[_Block], ids: np.ndarray, closes: np.ndarray) -> None:
         """Note which bytes of which source the chunks are that these tokens close."""
@@ -305,9 +316,6 @@ class Ingestion:
             first = end
             notes.chunk_start = int(starts[cut]) if cut < len(ids) else 0
         self.log.add_tokens(ids)
-
-    def _mark_finished(self, inputs: Sequence[TextInput]) -> None:
-        self.notes.finished |= {i.name: i.size for i in inputs if i.name != STDIN}
 
     def _commit_if_due(self) -> None:
         if time.monotonic() - self._committed >= self.commit_seconds:
