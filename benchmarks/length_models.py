@@ -174,37 +174,45 @@ def load_model(name: str, checkpoint: str | None) -> DRTForCausalLM:
     return DRTForCausalLM(DRTConfig(**{"vocab_size": vocab_size, **fields})).eval()
 
 
-def new_memory(tier: Tier, *, dtype: torch.dtype, folder: Path) -> InferenceMemory:
+def new_memory(
+    tier: Tier, *, model: DRTForCausalLM, dtype: torch.dtype, folder: Path
+) -> InferenceMemory:
     """An empty memory; one on disk writes to a new folder there."""
     if tier == "disk":
-        return DiskMemory.create(
-            folder, fingerprint={"made by": "benchmarks/length.py"}, dtype=dtype
-        )
+        marks = {"model": model.fingerprint()}
+        return DiskMemory.create(folder, fingerprint=marks, dtype=dtype)
     return (DeviceMemory if tier == "device" else HostMemory)(dtype=dtype)
 
 
-def sliding_window(config: DRTConfig) -> Baseline:
+def sliding_window(ours: DRTForCausalLM) -> Baseline:
     """Mistral of our size and window. Its masks are dense, so short segments suit it best."""
-    size = 2 * config.sliding_window
-    theirs = MistralConfig(**_sizes(config), sliding_window=config.sliding_window)
-    model = MistralForCausalLM(theirs).eval()
-    return Baseline("Mistral", model, segment_size=size)
+    window = ours.config.sliding_window
+    theirs = MistralConfig(**_sizes(ours), sliding_window=window)
+    return Baseline("Mistral", MistralForCausalLM(theirs).eval(), segment_size=2 * window)
 
 
-def full_attention(config: DRTConfig) -> Baseline:
+def full_attention(ours: DRTForCausalLM) -> Baseline:
     """Llama of our size."""
-    model = LlamaForCausalLM(LlamaConfig(**_sizes(config))).eval()
+    model = LlamaForCausalLM(LlamaConfig(**_sizes(ours))).eval()
     return Baseline("Llama", model, segment_size=FULL_SEGMENT_SIZE)
 
 
-def _sizes(config: DRTConfig) -> dict[str, Any]:
+def _sizes(ours: DRTForCausalLM) -> dict[str, Any]:
+    """As many parameters as ours: more layers in place of what retrieves, and then wider ones."""
+    config = ours.config
     assert config.num_key_value_heads is not None
     assert config.head_dim is not None
+    width, heads = config.hidden_size, config.num_attention_heads + config.num_key_value_heads
+    embeddings = width * (1 + config.vocab_size * (1 if config.tie_word_embeddings else 2))
+    layer = 2 * width * heads * config.head_dim + 3 * width * config.intermediate_size + 2 * width
+    total = num_parameters(ours) - embeddings
+    num_layers = total // layer
+    extra = round((total - num_layers * layer) / (3 * width * num_layers) / 8) * 8
     return {
         "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
+        "hidden_size": width,
+        "intermediate_size": config.intermediate_size + extra,
+        "num_hidden_layers": num_layers,
         "num_attention_heads": config.num_attention_heads,
         "num_key_value_heads": config.num_key_value_heads,
         "head_dim": config.head_dim,

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from common import resident_bytes
-from drt import DRTConfig
+from drt import DRTConfig, DRTForCausalLM
 from drt.memory import DiskMemory
 from drt.memory.base import InferenceMemory
 from drt.precision import autocast
@@ -131,19 +132,18 @@ def run(job: Job) -> dict[str, Any]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=job.folder)))
         stack.enter_context(torch.inference_mode())
         model = load_model(job.model, job.checkpoint)
-        config = model.config
-        memory = new_memory(job.tier, dtype=DTYPES[job.dtype], folder=folder / "memory")
-        exact = new_memory(job.tier, dtype=torch.float32, folder=folder / "checked")
+        make = partial(new_memory, job.tier, model=model)
+        memory = make(dtype=DTYPES[job.dtype], folder=folder / "memory")
+        exact = make(dtype=torch.float32, folder=folder / "checked")
         deviations = {"DRT": check(Ours(model, exact))}
         exact.close()
-        baselines = _baselines(job, config)
+        baselines = _baselines(job, model)
         if job.full_attention:
-            deviations |= {baseline.name: check(baseline) for baseline in _baselines(job, config)}
+            deviations |= {baseline.name: check(baseline) for baseline in _baselines(job, model)}
         stack.enter_context(autocast("bfloat16" if job.bfloat16 else "float32", model.device))
-        rows = _read(job, Ours(model, memory), baselines)
-        reload = {}
-        if isinstance(memory, DiskMemory):
-            reload = _reload(memory, config)
+        ours = Ours(model, memory)
+        rows = _read(job, ours, baselines)
+        reload = _reload(ours, memory) if isinstance(memory, DiskMemory) else {}
     parameters = {"DRT": num_parameters(model)}
     parameters |= {baseline.name: num_parameters(baseline.model) for baseline in baselines}
     return {
@@ -155,8 +155,8 @@ def run(job: Job) -> dict[str, Any]:
     }
 
 
-def _baselines(job: Job, config: DRTConfig) -> list[Baseline]:
-    return [sliding_window(config), *([full_attention(config)] if job.full_attention else [])]
+def _baselines(job: Job, model: DRTForCausalLM) -> list[Baseline]:
+    return [sliding_window(model), *([full_attention(model)] if job.full_attention else [])]
 
 
 def _read(job: Job, ours: Ours, baselines: Sequence[Baseline]) -> list[Row]:
@@ -286,26 +286,30 @@ def _queries(memory: InferenceMemory, config: DRTConfig, count: int) -> list[tup
     return [(torch.randn(shape, generator=generator), limits) for _ in range(count)]
 
 
-def _reload(memory: DiskMemory, config: DRTConfig) -> dict[str, dict[str, float]]:
-    """Close the memory and read it back, from the medium and then from the page cache."""
-    folder = memory.folder
-    close = _wall_seconds(memory.close)
+def _reload(ours: Ours, memory: DiskMemory) -> dict[str, dict[str, float]]:
+    """Save the state and load it again, from the medium and then from the page cache."""
+    folder, model = memory.folder, ours.model
+    save = _wall_seconds(lambda: model.save_state(ours.state, folder))
+    memory.close()
     _forget_files(folder)
-    cold = reload_seconds(folder, config=config)
-    return {"close": {"sync": close}, "cold": cold, "warm": reload_seconds(folder, config=config)}
+    cold = reload_seconds(model, folder)
+    return {"save": {"sync": save}, "cold": cold, "warm": reload_seconds(model, folder)}
 
 
-def reload_seconds(folder: Path, *, config: DRTConfig) -> dict[str, float]:
-    """Wall seconds from a closed folder to the first retrieval.
+def reload_seconds(model: DRTForCausalLM, folder: Path) -> dict[str, float]:
+    """Wall seconds to load a state, and from there to the first token of an answer.
 
-    `drt.DRTState.load` and the first token of an answer belong here.
+    The model is in memory already; its fingerprint is computed within.
     """
     start = time.perf_counter()
-    with DiskMemory.open(folder) as memory:
-        opened = time.perf_counter()
-        ((query, limit),) = _queries(memory, config, 1)
-        memory.gather(memory.search(query, limit, topk=config.retrieval_topk).indices)
-        return {"open": opened - start, "retrieve": time.perf_counter() - opened}
+    state, _ = model.load_state(folder)
+    loaded = time.perf_counter()
+    question = random_bytes(40, seed=4)
+    ends = torch.zeros_like(question, dtype=torch.bool)
+    ends[:, -1] = True
+    out = model(question, past_key_values=state, chunk_ends=ends, logits_to_keep=1)
+    assert 0 <= int(out.logits.argmax()) < model.config.vocab_size
+    return {"load": loaded - start, "first answer token": time.perf_counter() - loaded}
 
 
 def _forget_files(folder: Path) -> None:

@@ -119,3 +119,11 @@ def test_several_rows_are_refused_and_one_of_them_is_not(tmp_path: Path) -> None
     assert model.load_state(tmp_path)[0].num_tokens == [50]
     with pytest.raises(ValueError, match="holds a memory already"):
         model.save_state(row, tmp_path)
+
+
+def test_a_memory_made_for_something_else_is_refused_when_saving(tmp_path: Path) -> None:
+    model = make()
+    with DiskMemory.create(tmp_path, fingerprint={"model": "other"}) as memory:
+        state = model.new_state(memory=memory)
+        with pytest.raises(ValueError, match=r"was created with the fingerprint.*'other'"):
+            model.save_state(state, tmp_path)

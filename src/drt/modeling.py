@@ -75,9 +75,9 @@ class DRTPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, DRTModel) and module.landmark is not None:
             init.normal_(module.landmark, mean=0.0, std=self.config.initializer_range)
+            module.align_projections()
         if isinstance(module, LandmarkProjection):
-            # Scores then begin on the scale that they have without a projection.
-            init.normal_(module.weight, mean=0.0, std=module.in_features**-0.5)
+            init.orthogonal_(module.weight)
 
 
 class DRTModel(DRTPreTrainedModel):
@@ -111,6 +111,20 @@ class DRTModel(DRTPreTrainedModel):
         )
         self.gradient_checkpointing = False
         self.post_init()
+
+    def align_projections(self) -> None:
+        """Make queries and landmarks begin as one projection.
+
+        Scores are then those of the unprojected model, up to the random projection: what is alike
+        scores high from the start. Two projections of their own would have to find that first.
+        """
+        if self.config.landmark_size is None or self.chunk_encoder is None:
+            return
+        start = self.chunk_encoder.landmark_proj
+        assert isinstance(start, LandmarkProjection)
+        for projection in self.query_projs:
+            assert isinstance(projection, LandmarkProjection)
+            init.copy_(projection.weight, start.weight)
 
     def forward(
         self,

@@ -55,7 +55,8 @@ def save_state(
         notes: anything that JSON can hold, given back by `load_state`.
 
     Raises:
-        ValueError: the state has several rows, or the folder holds another memory.
+        ValueError: the state has several rows, the folder holds another memory, or its memory was
+            created with another fingerprint.
         OSError: the folder cannot be written.
     """
     if state.batch_size != 1:
@@ -65,6 +66,7 @@ def save_state(
         )
     folder, memory = Path(folder), state.memory
     if isinstance(memory, DiskMemory) and memory.writable and memory.folder == folder:
+        _check_maker(memory, fingerprint)
         memory.commit()
     elif len(memory):
         assert isinstance(memory, InferenceMemory)
@@ -81,6 +83,16 @@ def save_state(
         "notes": dict(notes or {}),
     }
     _replace(folder / STATE_FILE, _tensors(state), {"drt": json.dumps(header)})
+
+
+def _check_maker(memory: DiskMemory, fingerprint: Mapping[str, str]) -> None:
+    """A folder whose memory names another maker than its state could not be loaded."""
+    for key, wanted in fingerprint.items():
+        if memory.fingerprint.get(key) != wanted:
+            raise ValueError(
+                f"{memory.folder} was created with the fingerprint {dict(memory.fingerprint)}, "
+                f"which does not say {key} = {wanted}: give it to DiskMemory.create"
+            )
 
 
 def _tensors(state: DRTState) -> dict[str, Tensor]:
