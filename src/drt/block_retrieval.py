@@ -91,12 +91,14 @@ def _of_sources(chunks: RetrievedChunks, sources: Tensor) -> RetrievedChunks:
 
 def _compact(chunks: RetrievedChunks) -> RetrievedChunks:
     """Only the chunks that are in use, B * K of them in the order of use."""
+    none = chunks.indices < 0
     flat = chunks.indices.flatten().clamp_min(0)
     order = torch.arange(len(flat), device=flat.device).view(chunks.indices.shape)
     return RetrievedChunks(
         chunks.keys.transpose(1, 2)[flat].transpose(1, 2),
         chunks.values.transpose(1, 2)[flat].transpose(1, 2),
         None if chunks.lengths is None else chunks.lengths[flat],
-        order.masked_fill(chunks.indices < 0, -1),
+        order.masked_fill(none, -1),
         chunks.weights,
+        in_order=not bool(none.any()),
     )

@@ -160,9 +160,8 @@ class ChunkAttention(DRTAttention):
         """(B, C, S + 1, E) -> (B, C, S + 1, E); chunks have (B, C) `lengths` positions."""
         query, key, value = self.project(hidden, rotary)
         batch, count = hidden.shape[:2]
-        own = torch.arange(count, device=hidden.device).view(1, count, 1).expand(batch, -1, -1)
         weight = torch.ones(batch, count, 1, device=hidden.device)
-        out = grouped_cross_attention(query, key, value, own, weight, key_lengths=lengths)
+        out = grouped_cross_attention(query, key, value, None, weight, key_lengths=lengths)
         return self.o_proj(out.flatten(-2))
 
 
@@ -187,7 +186,7 @@ class GroupedCrossAttention(nn.Module):
             query.flatten(0, 1)[None],
             chunks.keys[None].to(query.dtype),
             chunks.values[None].to(query.dtype),
-            chunks.indices.flatten(0, 1)[None],
+            None if chunks.in_order else chunks.indices.flatten(0, 1)[None],
             chunks.weights.flatten(0, 1)[None],
             key_lengths=None if chunks.lengths is None else chunks.lengths[None],
             softmax_plus_one=self.softmax_plus_one,

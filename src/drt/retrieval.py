@@ -35,6 +35,8 @@ class RetrievedChunks(NamedTuple):
     """(B, num_blocks, K) int64 into the M chunks, -1 = none."""
     weights: Tensor
     """(B, num_blocks, K)."""
+    in_order: bool = False
+    """Whether the indices are 0, 1, 2, ... and M = B * num_blocks * K."""
 
 
 def gumbel_noise(like: Tensor, *, generator: torch.Generator | None = None) -> Tensor:

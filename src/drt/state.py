@@ -114,7 +114,7 @@ class CurrentRetrieval(NamedTuple):
     def select_rows(self, rows: Tensor) -> CurrentRetrieval:
         """The rows with these numbers; the chunks themselves stay where they are."""
         chunks = self.chunks._replace(
-            indices=self.chunks.indices[rows], weights=self.chunks.weights[rows]
+            indices=self.chunks.indices[rows], weights=self.chunks.weights[rows], in_order=False
         )
         return CurrentRetrieval(self.numbers[rows], chunks)
 

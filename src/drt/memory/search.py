@@ -81,22 +81,23 @@ def _search_block(
     count = queries.shape[0]
     shape = (count, topk)
     best = Best(
-        torch.full(shape, float("-inf"), dtype=queries.dtype, device=queries.device),
+        torch.full(shape, float("-inf"), device=queries.device),
         torch.full(shape, -1, dtype=torch.int64, device=queries.device),
     )
     low, high = (int(bounds.firsts.min()), int(bounds.limits.max())) if count else (0, 0)
     if low >= high or topk == 0:
-        return Best(best.scores.float(), best.indices)
+        return best
     size = min(tile or tile_size(queries), high - low)
     buffer = queries.new_empty(count, size)
     all_open = range(int(bounds.firsts.max()), int(bounds.limits.min()) + 1)
     for part in _tiles(segments, low, high, size):
-        scores = _scores(queries, part, buffer)
+        # Maxima of bfloat16 take a CPU longer than to widen the scores and take them then.
+        scores = _scores(queries, part, buffer).float()
         if part.start not in all_open or part.stop not in all_open:
             _close(scores, part.start, bounds)
         _merge(best, scores, part.start)
     best.indices.masked_fill_(best.scores == float("-inf"), -1)
-    return Best(best.scores.float(), best.indices)
+    return best
 
 
 def tile_size(queries: Tensor) -> int:

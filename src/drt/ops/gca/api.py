@@ -36,7 +36,7 @@ def grouped_cross_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    indices: Tensor,
+    indices: Tensor | None,
     weights: Tensor,
     *,
     key_lengths: Tensor | None = None,
@@ -62,7 +62,9 @@ def grouped_cross_attention(
             a copy, when `key.transpose(2, 3)` is contiguous. Its gradient is contiguous where
             key is, and head-major in the same sense where it is not.
         value: (B, M, S, G, D), as key.
-        indices: (B, C, K) int64 in [-1, M): the retrieved chunks, -1 for none.
+        indices: (B, C, K) int64 in [-1, M): the retrieved chunks, -1 for none. None says that the
+            memory holds what is retrieved and nothing else, in order: M is C * K, and chunk c of
+            queries retrieved c * K, c * K + 1, ...; the fastest for a few queries without gradient.
         weights: (B, C, K) floating, of any precision, non-negative: the weight of each slot.
         key_lengths: (B, M) int64 in [0, S]: valid tokens of each chunk; None when all S are.
         scale: factor of the scores; None for D ** -0.5.
@@ -78,8 +80,11 @@ def grouped_cross_attention(
             would make the host wait, such values fail a device-side assertion instead.
         RuntimeError: if the backend that was asked for cannot serve these tensors.
     """
-    _check_tensors(query, key, value, indices, weights)
-    _check_values("indices", indices, -1, key.shape[1] - 1)
+    _check_tensors(query, key, value, weights)
+    if indices is None:
+        _check_order(key, weights)
+    else:
+        _check_indices(indices, key, weights)
     if key_lengths is not None:
         _check_lengths(key_lengths, key)
     chosen = _choose(backend, query)
@@ -114,9 +119,7 @@ def _choose(name: str | None, query: Tensor) -> Backend:
     return BACKENDS[name]
 
 
-def _check_tensors(
-    query: Tensor, key: Tensor, value: Tensor, indices: Tensor, weights: Tensor
-) -> None:
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor, weights: Tensor) -> None:
     if query.ndim != 5 or key.ndim != 5:
         raise ValueError(
             "query must be (B, C, Q, H, D) and key (B, M, S, G, D), "
@@ -134,13 +137,9 @@ def _check_tensors(
         )
     if value.shape != key.shape:
         raise ValueError(f"value must be {tuple(key.shape)} like key, got {tuple(value.shape)}")
-    if indices.ndim != 3 or indices.shape[:2] != (batch, count):
+    if weights.ndim != 3 or weights.shape[:2] != (batch, count):
         raise ValueError(
-            f"indices must be (B, C, K) = ({batch}, {count}, K), got {tuple(indices.shape)}"
-        )
-    if weights.shape != indices.shape:
-        raise ValueError(
-            f"weights must be {tuple(indices.shape)} like indices, got {tuple(weights.shape)}"
+            f"weights must be (B, C, K) = ({batch}, {count}, K), got {tuple(weights.shape)}"
         )
     if not query.is_floating_point() or not key.dtype == value.dtype == query.dtype:
         raise ValueError(
@@ -149,8 +148,26 @@ def _check_tensors(
         )
     if not weights.is_floating_point():
         raise ValueError(f"weights must be floating, got {weights.dtype}")
+    _check_device(query, key=key, value=value, weights=weights)
+
+
+def _check_order(key: Tensor, weights: Tensor) -> None:
+    """Refuse a memory that cannot be what was retrieved, in order."""
+    count, topk = weights.shape[1:]
+    if key.shape[1] != count * topk:
+        raise ValueError(
+            f"without indices M must be C * K = {count} * {topk}, the memory has {key.shape[1]}"
+        )
+
+
+def _check_indices(indices: Tensor, key: Tensor, weights: Tensor) -> None:
+    if indices.shape != weights.shape:
+        raise ValueError(
+            f"indices must be {tuple(weights.shape)} like weights, got {tuple(indices.shape)}"
+        )
     _check_integer("indices", indices)
-    _check_device(query, key=key, value=value, indices=indices, weights=weights)
+    _check_device(key, indices=indices)
+    _check_values("indices", indices, -1, key.shape[1] - 1)
 
 
 def _check_lengths(key_lengths: Tensor, key: Tensor) -> None:

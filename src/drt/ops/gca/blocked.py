@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from drt.ops.gca.blocks import BlockedPass, Gradients, Options, accumulation_dtype
 from drt.ops.gca.decode import attend_in_order, lies_in_order
+from drt.ops.gca.order import in_order
 
 # Bytes of the float32 accumulators for the gradients of a lower-precision memory; a memory that
 # needs more is taken through the backward a few heads at a time.
@@ -23,7 +24,7 @@ def blocked(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    indices: Tensor,
+    indices: Tensor | None,
     weights: Tensor,
     *,
     key_lengths: Tensor | None,
@@ -38,9 +39,11 @@ def blocked(
     options = Options(scale, softmax_plus_one)
     inputs = (query, key, value, weights)
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    has_work = _has_work(query, key, indices)
+    has_work = _has_work(query, key, weights)
     if has_work and not wants_grad and lies_in_order(query, key, value, indices, key_lengths):
         return attend_in_order(query, key, value, weights, key_lengths, options)
+    if indices is None:
+        indices = in_order(weights)
     return _Blocked.apply(  # pyright: ignore[reportReturnType]
         query, key, value, indices, weights, key_lengths, options
     )

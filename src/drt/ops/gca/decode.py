@@ -9,13 +9,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from drt.ops.gca.blocks import Options, accumulation_dtype
+from drt.ops.gca.order import in_order
 
 # With more queries, products with the keys of all slots at once are worth the copy of the keys.
 _MAX_QUERIES = 4
 
 
 def lies_in_order(
-    query: Tensor, key: Tensor, value: Tensor, indices: Tensor, key_lengths: Tensor | None
+    query: Tensor, key: Tensor, value: Tensor, indices: Tensor | None, key_lengths: Tensor | None
 ) -> bool:
     """Whether `attend_in_order` can serve a call; reads indices and lengths only.
 
@@ -23,15 +24,17 @@ def lies_in_order(
     chunk c of queries must have retrieved the chunks c * K, c * K + 1, ..., c * K + K - 1 of M =
     C * K.
     """
-    num_chunks, (count, topk) = key.shape[1], indices.shape[1:]
-    if query.shape[2] > _MAX_QUERIES or num_chunks != count * topk:
+    if query.shape[2] > _MAX_QUERIES:
         return False
     if not all(memory.transpose(2, 3).is_contiguous() for memory in (key, value)):
         return False
     if key_lengths is not None and not bool(key_lengths.all()):
         return False
-    in_order = torch.arange(num_chunks).view(count, topk)
-    return torch.equal(indices, in_order.expand_as(indices))
+    if indices is None:
+        return True
+    return key.shape[1] == indices.shape[1] * indices.shape[2] and torch.equal(
+        indices, in_order(indices)
+    )
 
 
 def attend_in_order(

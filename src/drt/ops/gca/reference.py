@@ -4,12 +4,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from drt.ops.gca.order import in_order
+
 
 def reference(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    indices: Tensor,
+    indices: Tensor | None,
     weights: Tensor,
     *,
     key_lengths: Tensor | None,
@@ -21,6 +23,8 @@ def reference(
     Everything is computed in float32 (float64 for float64 inputs) and rounded once at the end.
     """
     (rows, num_chunks, size, kv_heads), device = key.shape[:4], query.device
+    if indices is None:
+        indices = in_order(weights)
     accumulate = torch.promote_types(query.dtype, torch.float32)
     if key_lengths is None:
         key_lengths = indices.new_full((rows, num_chunks), size)
