@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from drt import grouped_cross_attention
-from drt.ops.gca import BACKENDS
+from drt.ops.gca.api import BACKENDS
 
 
 def case(num_queries: int, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
