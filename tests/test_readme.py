@@ -9,10 +9,14 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_ten_lines_run(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_ten_lines_run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     exec(code, {})
-    assert "torch.Size([1, 1020])" in capsys.readouterr().out
+    assert "torch.Size([1, 50])" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "memory" / "state.safetensors").is_file()
 
 
 @pytest.mark.parametrize("path", re.findall(r"\]\((?!http)([^)#]+)\)", README))
