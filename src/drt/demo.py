@@ -15,9 +15,9 @@ from drt.evaluation.inspection import inspect_question
 from drt.evaluation.memory import life_peak_rss
 from drt.modeling import DRTForCausalLM
 from drt.precision import autocast, uses_bfloat16
+from drt.run_config import CONFIG_FILE
 from drt.training import RunConfig, train
 from drt.training.run import (
-    CONFIG_FILE,
     FINAL_FOLDER,
     check_same_run,
     is_finished,

@@ -51,6 +51,9 @@ class PassageLog:
         self._chunks = (folder / CHUNKS_FILE).open(self._modes)
         self._sources = (folder / SOURCES_FILE).open(self._modes)
 
+        # Of the sources, as far as passages have been asked for.
+        self._names: list[str] = []
+
     @property
     def num_tokens(self) -> int:
         """Tokens in the log."""
@@ -117,7 +120,9 @@ class PassageLog:
         size = _TOKEN.itemsize
         count, first = int(record["length"]) * size, int(record["token"]) * size
         ids = np.frombuffer(os.pread(self._tokens.fileno(), count, first), _TOKEN)
-        name = self.sources()[int(record["source"])]
+        if len(self._names) <= int(record["source"]):
+            self._names = self.sources()
+        name = self._names[int(record["source"])]
         return Passage(name, int(record["start"]), int(record["end"]), ids.astype(np.int64))
 
     def _record(self, chunk: int) -> np.void | None:

@@ -13,6 +13,9 @@ import yaml
 from drt.configuration import DRTConfig
 from drt.data import NeedleTask
 
+CONFIG_FILE = "run.yaml"
+"""What a run's configuration is called in its folder, and beside its model."""
+
 
 @dataclass(frozen=True)
 class TaskMix:

@@ -41,8 +41,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
     from drt.data import load_tokenizer
     from drt.modeling import DRTForCausalLM
-    from drt.run_config import load_config
-    from drt.training.run import CONFIG_FILE
+    from drt.run_config import CONFIG_FILE, load_config
 
     disable_progress_bar()
     found = find_model(folder)

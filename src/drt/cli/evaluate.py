@@ -61,8 +61,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _run_config(folder: Path) -> Any:
     """The configuration that the model was trained with."""
-    from drt.training import load_config
-    from drt.training.run import CONFIG_FILE
+    from drt.run_config import CONFIG_FILE, load_config
 
     return load_config(folder / CONFIG_FILE)
 

@@ -16,7 +16,7 @@ from drt.configuration import DRTConfig
 from drt.data import Corpus, load_corpus, load_tokenizer
 from drt.modeling import DRTForCausalLM
 from drt.precision import uses_bfloat16
-from drt.run_config import RunConfig, load_config, save_config
+from drt.run_config import CONFIG_FILE, RunConfig, load_config, save_config
 from drt.training.curriculum import Curriculum, NeedleBatches
 from drt.training.evaluate import NeedleEvaluation
 from drt.training.trainer import (
@@ -28,7 +28,6 @@ from drt.training.trainer import (
     latest_checkpoint,
 )
 
-CONFIG_FILE = "run.yaml"
 FINAL_FOLDER = "model"
 METRICS_FILE = "metrics.jsonl"
 
