@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from drt.data.tokenization import encode
+from drt.data.tokenization import encode, encode_with_offsets
 from drt.ingestion import Notes, tokenizer_fingerprint
 from drt.modeling import DRTForCausalLM
-from drt.passages import PassageLog
+from drt.passages import Passage, PassageLog
 from drt.retrieval import Retrieval
 
 
@@ -27,7 +27,7 @@ class RetrievedPassage:
     weight: float
     """Retrieval weight, 0 to 1."""
     source: str
-    """File, or file:row; empty if the chunk is not of a source."""
+    """File, or file:row; empty if the chunk is of the question itself."""
     start: int
     """Byte of the source's text at which the chunk begins."""
     end: int
@@ -94,28 +94,42 @@ def ask(
     answer = str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
     if stop:
         answer = answer.partition(stop)[0]
-    passages = _passages(seen.retrievals or (), PassageLog(folder), tokenizer)
-    return Reply(answer, passages, Notes.of(notes).place is None)
+    cursor, size = state.cursors[0], model.config.chunk_size
+    own = _QuestionChunks(cursor.chunks, size, cursor.opened, question, tokenizer)
+    found: list[RetrievedPassage] = []
+    with PassageLog(folder) as log:
+        for group, retrieval in enumerate(seen.retrievals or ()):
+            for chunk, weight in _ranked(retrieval):
+                passage = log.passage(chunk) or own.passage(chunk)
+                text = str(tokenizer.decode(passage.token_ids.tolist()))
+                where = passage.source, passage.start, passage.end
+                found.append(RetrievedPassage(group, chunk, weight, *where, text))
+    return Reply(answer, found, Notes.of(notes).place is None)
 
 
-def _passages(
-    retrievals: tuple[Retrieval, ...], log: PassageLog, tokenizer: PreTrainedTokenizerBase
-) -> list[RetrievedPassage]:
-    """What the last landmark retrieved, as text."""
-    found = []
-    for group, retrieval in enumerate(retrievals):
-        numbers, weights = retrieval.indices[0, -1].tolist(), retrieval.weights[0, -1].tolist()
-        for chunk, weight in sorted(zip(numbers, weights, strict=True), key=lambda x: -x[1]):
-            if chunk < 0:
-                continue
-            passage = log.passage(chunk)
-            if passage is None:
-                found.append(RetrievedPassage(group, chunk, weight, "", 0, 0, ""))
-                continue
-            text = str(tokenizer.decode(passage.token_ids.tolist()))
-            found.append(
-                RetrievedPassage(
-                    group, chunk, weight, passage.source, passage.start, passage.end, text
-                )
-            )
-    return found
+def _ranked(retrieval: Retrieval) -> list[tuple[int, float]]:
+    """The chunks that the last landmark retrieved, with their weights, falling."""
+    numbers, weights = retrieval.indices[0, -1].tolist(), retrieval.weights[0, -1].tolist()
+    pairs = [pair for pair in zip(numbers, weights, strict=True) if pair[0] >= 0]
+    return sorted(pairs, key=lambda pair: -pair[1])
+
+
+class _QuestionChunks(NamedTuple):
+    """The chunks that a long question closes itself."""
+
+    first: int
+    """Number of the first of them."""
+    size: int
+    """Tokens of a chunk."""
+    opened: int
+    """Tokens of the first that were read before the question."""
+    question: str
+    tokenizer: PreTrainedTokenizerBase
+
+    def passage(self, chunk: int) -> Passage:
+        """What of the question such a chunk holds."""
+        ids, ends = encode_with_offsets(self.tokenizer, self.question)
+        stop = (chunk - self.first + 1) * self.size - self.opened
+        start = max(stop - self.size, 0)
+        bounds = [0, *ends.tolist()]
+        return Passage("", bounds[start], bounds[min(stop, len(ids))], ids[start:stop])

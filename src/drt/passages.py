@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -128,6 +128,12 @@ class PassageLog:
     def _record(self, chunk: int) -> np.void | None:
         data = os.pread(self._chunks.fileno(), _CHUNK.itemsize, chunk * _CHUNK.itemsize)
         return np.frombuffer(data, _CHUNK)[0] if len(data) == _CHUNK.itemsize else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Close the files."""

@@ -50,6 +50,6 @@ def run(options: argparse.Namespace) -> None:
         print(f"note: {options.memory} has not been read to its end: drt read goes on with it")
     print(reply.answer)
     for passage in reply.passages:
-        where = f"{passage.source} bytes {passage.start}-{passage.end}"
+        where = f"{passage.source or 'the question'} bytes {passage.start}-{passage.end}"
         print(f"\n{passage.weight:.3f}  group {passage.group}, chunk {passage.chunk}, {where}")
         print("    " + passage.text.replace("\n", "\n    "))
