@@ -66,7 +66,8 @@ class RaggedLayout(SegmentLayout):
         self._index_content(plans, columns, landmark_starts_block)
         self._index_chunks(cursors, plans)
         self._index_blocks([_blocks(plan, landmark_starts_block) for plan in plans])
-        self.document_starts = _document_starts(cursors, plans, self)
+        starts = _document_starts(cursors, plans, self.num_positions)
+        self.document_starts = None if starts is None else torch.from_numpy(starts).to(device)
 
     def _rows(self, rows: Sequence[np.ndarray], width: int, fill: int = 0) -> Tensor:
         """Rows of numbers as (B, width) int64 on the device, `fill` at the right."""
@@ -202,16 +203,16 @@ def _blocks(plan: RowPlan, landmark_starts_block: bool) -> _Blocks:
 
 
 def _document_starts(
-    cursors: Sequence[Cursor], plans: Sequence[RowPlan], layout: SegmentLayout
-) -> Tensor | None:
+    cursors: Sequence[Cursor], plans: Sequence[RowPlan], num_positions: int
+) -> np.ndarray | None:
     """See `SegmentLayout.document_starts`."""
     rows = zip(cursors, plans, strict=True)
     if not any(len(plan.documents) or cursor.first_position for cursor, plan in rows):
         return None
-    starts = np.zeros((len(plans), layout.num_positions), dtype=np.int64)
+    starts = np.zeros((len(plans), num_positions), dtype=np.int64)
     for row, (cursor, plan) in enumerate(zip(cursors, plans, strict=True)):
         begins = np.concatenate([[-1], plan.position_of(plan.documents)])
-        number = np.searchsorted(begins[1:], np.arange(layout.num_positions), side="right")
+        number = np.searchsorted(begins[1:], np.arange(num_positions), side="right")
         absolute = np.concatenate([[cursor.first_position], cursor.position + begins[1:]])
         starts[row] = absolute[number]
-    return torch.from_numpy(starts)
+    return starts
