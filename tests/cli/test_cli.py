@@ -92,6 +92,11 @@ def test_demo_writes_results_figure_and_report(
     capsys.readouterr()
     assert main([*arguments, "--output", str(output), "seed=3"]) == 0
     assert "holds a trained model" in capsys.readouterr().out
+    longer = ["--max-length", "1K", "evaluation.multi_up_to=256", "evaluation.memory=disk"]
+    assert main([*arguments, *longer, "--output", str(output), "seed=3"]) == 0
+    drt = json.loads((output / "results.json").read_text())["models"]["drt"]
+    assert [row["length"] for row in drt["single"]] == [128, 512, 1024]
+    assert [row["length"] for row in drt["multi"]] == [128]
     assert main([*arguments, "--output", str(output), "seed=4"]) == 2
     assert "another configuration" in capsys.readouterr().err
 
