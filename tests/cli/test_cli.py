@@ -92,8 +92,8 @@ def test_demo_writes_results_figure_and_report(
     capsys.readouterr()
     assert main([*arguments, "--output", str(output), "seed=3"]) == 0
     assert "holds a trained model" in capsys.readouterr().out
-    longer = ["--max-length", "1K", "evaluation.multi_up_to=256", "evaluation.memory=disk"]
-    assert main([*arguments, *longer, "--output", str(output), "seed=3"]) == 0
+    changes = ["seed=3", "evaluation.multi_up_to=256", "evaluation.memory=disk"]
+    assert main([*arguments, "--output", str(output), "--max-length", "1K", *changes]) == 0
     drt = json.loads((output / "results.json").read_text())["models"]["drt"]
     assert [row["length"] for row in drt["single"]] == [128, 512, 1024]
     assert [row["length"] for row in drt["multi"]] == [128]
