@@ -127,3 +127,12 @@ def test_a_memory_made_for_something_else_is_refused_when_saving(tmp_path: Path)
         state = model.new_state(memory=memory)
         with pytest.raises(ValueError, match=r"was created with the fingerprint.*'other'"):
             model.save_state(state, tmp_path)
+
+
+def test_what_the_weights_are_made_to_do_is_part_of_the_fingerprint() -> None:
+    model = make()
+    for change in ({"retrieval_topk": 3}, {"chunk_size": 8}, {"rope_theta": 5e5}):
+        other = make(**change)
+        other.load_state_dict(model.state_dict())
+        assert other.fingerprint() != model.fingerprint()
+    assert make().fingerprint() == model.fingerprint()

@@ -80,7 +80,7 @@ def loss_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
     # transformers passes these by itself; both are how this model answers anyway.
     if wanted.pop("return_dict", True) is False:
         raise ValueError("return_dict=False is not supported")
-    unknown = [key for key, value in wanted.items() if value not in (None, False)]
+    unknown = [key for key, value in wanted.items() if value is not None and value is not False]
     if unknown:
         raise ValueError(f"DRTForCausalLM.forward does not know the arguments {unknown}")
     return found

@@ -28,7 +28,7 @@ class DRTConfig(PreTrainedConfig):
     """
 
     model_type = "drt"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
 
     vocab_size: int = 258
     """Content tokens in the vocabulary; the landmark is not one of them."""

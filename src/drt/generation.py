@@ -85,6 +85,12 @@ class DRTGeneration(GenerationMixin):
         """
         beams, returns = generation_config.num_beams, generation_config.num_return_sequences
         copies = max(beams, returns)
+        for name in ("chunk_ends", "document_ids", "labels"):
+            if model_kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{name} cannot be given to generate: read the text into a state with the "
+                    "model itself, and generate from that"
+                )
         prompt = _Prompt.of(input_ids, model_kwargs, copies)
         state: DRTState = model_kwargs["past_key_values"]
         if copies > 1:
@@ -136,6 +142,9 @@ class DRTGeneration(GenerationMixin):
         """The last token of each row; none for rows that have come to their end."""
         model: Any = self
         last = input_ids[:, -1:].to(model.device)
+        # transformers hands on what its stopping criteria wanted.
+        for name in ("tokenizer", "assistant_tokenizer"):
+            kwargs.pop(name, None)
         return {
             **kwargs,
             "input_ids": last,
@@ -206,19 +215,19 @@ class _Prompt(NamedTuple):
         """Undo the repetition of rows, and check the prompts."""
         embeddings = model_kwargs.get("inputs_embeds")
         mask = model_kwargs.get("attention_mask")
-        if embeddings is not None:
-            embeddings = embeddings[::copies]
-            mask = None if mask is None else mask[::copies, -embeddings.shape[1] :]
-            return cls(None, embeddings, _checked(mask, embeddings.shape[1]))
-        ids = input_ids[::copies]
-        length = ids.shape[1]
+        given = input_ids if embeddings is None else embeddings
+        given, length = given[::copies], given.shape[1]
         if mask is None:
-            return cls(ids, None, _checked(None, length))
+            _checked(None, length)
+            return cls(given, None, None) if embeddings is None else cls(None, given, None)
         mask = _checked(mask[::copies, mask.shape[1] - length :], length)
         assert mask is not None
         # Prompts padded at the right end where the others do.
-        order = (mask != 0).sort(dim=1, stable=True).indices
-        return cls(ids.gather(1, order), None, mask.gather(1, order))
+        order = (mask != 0).int().sort(dim=1, stable=True).indices
+        mask = mask.gather(1, order)
+        if embeddings is None:
+            return cls(given.gather(1, order), None, mask)
+        return cls(None, given.gather(1, order[..., None].expand_as(given)), mask)
 
 
 def _checked(mask: Tensor | None, length: int) -> Tensor | None:

@@ -147,16 +147,17 @@ class Ingestion:
     def _open(self, dtype: torch.dtype | None) -> tuple[DRTState, Notes]:
         """The folder's state, or an empty one."""
         folder = self.folder
-        if (folder / MANIFEST_FILE).exists():
+        if (folder / MANIFEST_FILE).exists() or (folder / STATE_FILE).exists():
             state, notes = load_state(
                 folder,
                 self.model.config,
                 fingerprint=self.fingerprint,
                 device=self.model.device,
                 writable=True,
+                dtype=dtype,
             )
             return state, Notes.of(notes)
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / STATE_FILE).exists():
+        if folder.is_dir() and any(folder.iterdir()):
             raise ValueError(f"{folder} is not empty and holds no memory")
         memory = DiskMemory.create(folder, fingerprint=self.fingerprint, dtype=dtype)
         state, notes = self.model.new_state(memory=memory), Notes()

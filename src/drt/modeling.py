@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
@@ -429,6 +430,8 @@ class DRTForCausalLM(DRTPreTrainedModel, DRTGeneration, GenerationMixin):
             input_ids, marks = move_right(input_ids, marks)
         content, length = marks.content, input_ids.shape[1]
         tail = max(length - self.reach, 0) if complete else length
+        if complete and tail and self._some_row_goes_on(content, state):
+            tail = 0
         first = 0
         if tail and self.config.retrieval_groups:
             state.forget_layers(self.config.num_lower_layers)
@@ -439,6 +442,16 @@ class DRTForCausalLM(DRTPreTrainedModel, DRTGeneration, GenerationMixin):
             part = Marks(*(mark if mark is None else mark[:, begin:end] for mark in marks))
             embeddings = self.model.embed_tokens(input_ids[:, begin:end])
             self.model(embeddings, state, marks=part, memory_only=end <= tail)
+
+    def _some_row_goes_on(self, content: np.ndarray | None, state: DRTState) -> bool:
+        """Whether a row gets too few tokens to see none of those that it read before."""
+        if content is None:
+            return False
+        counts = content.sum(-1).tolist()
+        return any(
+            before and count < self.reach
+            for before, count in zip(state.num_tokens, counts, strict=True)
+        )
 
     @property
     def reach(self) -> int:

@@ -67,8 +67,11 @@ class PassageLog:
     def sources(self) -> list[str]:
         """The names of all sources."""
         self._sources.flush()
-        lines = (self.folder / SOURCES_FILE).read_text(encoding="utf-8").splitlines()
-        return [json.loads(line)["name"] for line in lines]
+        lines = (self.folder / SOURCES_FILE).read_bytes().split(b"\n")[:-1]
+        try:
+            return [json.loads(line)["name"] for line in lines]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.folder / SOURCES_FILE} is damaged: {error}") from error
 
     def add_source(self, name: str) -> None:
         """Begin a source."""
@@ -107,9 +110,16 @@ class PassageLog:
                 f"{self.folder} logs {self.num_tokens} tokens and {self.num_chunks} chunks, its "
                 f"state has {num_tokens} and {num_chunks}: {TOKENS_FILE} or {CHUNKS_FILE} was cut"
             )
+        # What follows the last line end is no whole line.
+        lines = (self.folder / SOURCES_FILE).read_bytes().split(b"\n")[:-1]
+        if num_sources > len(lines):
+            raise ValueError(
+                f"{self.folder} logs {len(lines)} sources, its state has {num_sources}: "
+                f"{SOURCES_FILE} was cut"
+            )
+        lines = lines[:num_sources]
         self._tokens.truncate(num_tokens * _TOKEN.itemsize)
         self._chunks.truncate(num_chunks * _CHUNK.itemsize)
-        lines = (self.folder / SOURCES_FILE).read_bytes().split(b"\n")[:num_sources]
         self._sources.truncate(sum(len(line) + 1 for line in lines))
 
     def passage(self, chunk: int) -> Passage | None:
@@ -122,6 +132,11 @@ class PassageLog:
         ids = np.frombuffer(os.pread(self._tokens.fileno(), count, first), _TOKEN)
         if len(self._names) <= int(record["source"]):
             self._names = self.sources()
+        if len(ids) != int(record["length"]) or len(self._names) <= int(record["source"]):
+            raise ValueError(
+                f"{self.folder} has no text of chunk {chunk}: {TOKENS_FILE} or {SOURCES_FILE} "
+                "was cut"
+            )
         name = self._names[int(record["source"])]
         return Passage(name, int(record["start"]), int(record["end"]), ids.astype(np.int64))
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from drt.chunking import Cursor
 from drt.configuration import DRTConfig
-from drt.memory import DiskMemory, MemoryFormatError
+from drt.memory import DiskMemory, HostMemory, MemoryFormatError
 from drt.memory.base import InferenceMemory
 from drt.retrieval import RetrievedChunks
 from drt.state import CurrentRetrieval, DRTState
@@ -28,10 +28,19 @@ from drt.state import CurrentRetrieval, DRTState
 STATE_FILE, MANIFEST_FILE = "state.safetensors", "manifest.json"
 FORMAT, VERSION = "drt-state", 1
 
+# Fields of a configuration that no weight shows, and without which a state means something else.
+_MEANING = (
+    *("chunk_size", "sliding_window", "retrieval_groups", "retrieval_topk", "retrieval_onset"),
+    *("exclude_window_chunks", "position_embedding", "rope_theta", "softmax_plus_one"),
+    *("rms_norm_eps", "num_attention_heads"),
+)
+
 
 def model_fingerprint(model: nn.Module) -> str:
-    """A hash of the model's weights, their names, shapes and dtypes: 32 hexadecimal digits."""
+    """A hash of the model's weights, and of what its configuration has them do: 32 digits."""
     digest = hashlib.blake2b(digest_size=16)
+    for name in _MEANING:
+        digest.update(f"{name} {getattr(model.config, name)}".encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
@@ -72,6 +81,8 @@ def save_state(
         assert isinstance(memory, InferenceMemory)
         memory.save(folder, fingerprint=fingerprint)
     else:
+        if (folder / MANIFEST_FILE).exists():
+            raise ValueError(f"{folder} holds another memory already")
         folder.mkdir(parents=True, exist_ok=True)
     header = {
         "format": FORMAT,
@@ -125,6 +136,7 @@ def load_state(
     fingerprint: Mapping[str, str],
     device: torch.device,
     writable: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> tuple[DRTState, dict[str, Any]]:
     """Load what `save_state` wrote.
 
@@ -134,6 +146,7 @@ def load_state(
         fingerprint: what must have made it.
         device: the model's device.
         writable: whether what is read from here on goes to the folder; else it stays in memory.
+        dtype: storage dtype of keys and values if the folder has no chunks yet; None = as computed.
 
     Returns:
         The state, and the notes that were saved with it.
@@ -153,7 +166,7 @@ def load_state(
     cursor = Cursor(
         **{**header["cursor"], "recent_starts": tuple(header["cursor"]["recent_starts"])}
     )
-    memory = _memory(Path(folder), cursor.chunks, fingerprint, device, writable)
+    memory = _memory(Path(folder), cursor.chunks, fingerprint, device, writable, dtype)
     state = DRTState(config, 1, memory=memory)
     state.cursors = [cursor]
     state.num_columns = header["num_columns"]
@@ -197,12 +210,13 @@ def _memory(
     fingerprint: Mapping[str, str],
     device: torch.device,
     writable: bool,
+    dtype: torch.dtype | None,
 ) -> InferenceMemory:
     """The folder's memory as far as the state goes."""
     if not num_chunks and not (folder / MANIFEST_FILE).exists():
         if writable:
-            return DiskMemory.create(folder, fingerprint=fingerprint)
-        return DiskMemory.create(folder, fingerprint=fingerprint).fork()
+            return DiskMemory.create(folder, fingerprint=fingerprint, dtype=dtype)
+        return HostMemory(dtype=dtype)
     memory = DiskMemory.open(folder, writable=writable, fingerprint=fingerprint, device=device)
     if len(memory) < num_chunks:
         raise MemoryFormatError(

@@ -81,8 +81,10 @@ class WindowCache:
         """Replace the rows by those with these numbers."""
         if self.keys is None or self.values is None:
             return
-        self.keys, self.values = self.keys[rows], self.values[rows]
         self.lengths = [self.lengths[row] for row in rows.tolist()]
+        # The longest row may have gone, and what only it needed with it.
+        unused = self.keys.shape[2] - max(self.lengths)
+        self.keys, self.values = self.keys[rows, :, unused:], self.values[rows, :, unused:]
 
     def clear(self) -> None:
         """Forget all positions."""
@@ -270,7 +272,8 @@ class DRTState(Cache):
         for window in self.windows:
             window.select_rows(beam_idx)
         if self.opened is not None:
-            self.opened = self.opened[beam_idx]
+            width = max(cursor.opened for cursor in self.cursors)
+            self.opened = self.opened[beam_idx, self.opened.shape[1] - width :]
         self.current = [held and held.select_rows(beam_idx) for held in self.current]
         if self.recent_ids is not None:
             self.recent_ids = self.recent_ids[beam_idx]

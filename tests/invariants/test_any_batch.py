@@ -186,3 +186,46 @@ def test_rows_of_a_state_are_selected_and_go_on_alone() -> None:
     for row, (source, skipped) in enumerate([(1, 33), (1, 33), (0, 0), (2, 0)]):
         whole = torch.cat([ids[source, skipped:], rest[row]])[None]
         assert (got[row] - model(whole).logits[0, -50:]).abs().max() < TOLERANCE
+
+
+@settings(max_examples=25)
+@given(configs, st.integers(0, 10**6), st.lists(st.integers(0, 2), min_size=1, max_size=4))
+@torch.no_grad()
+def test_any_rows_of_a_ragged_state_go_on_alone(
+    fields: dict[str, Any], seed: int, chosen: list[int]
+) -> None:
+    model, rows = make(fields), Rows(seed, ends=True, documents=False)
+    state = model.new_state(3)
+    model(**rows.batch(), past_key_values=state)
+    state.reorder_cache(torch.tensor(chosen))
+    rest = torch.randint(0, 61, (len(chosen), 40))
+    parts = [model(part, past_key_values=state).logits for part in rest.split([1, 1, 20, 18], 1)]
+    got = torch.cat(parts, dim=1)
+    for row, source in enumerate(chosen):
+        ids = torch.cat([rows.ids[source], rest[row : row + 1]], dim=1)
+        ends = torch.cat([rows.ends[source], torch.zeros(1, 40, dtype=torch.bool)], dim=1)
+        whole = model(ids, chunk_ends=ends).logits[0, -40:]
+        assert (got[row] - whole).abs().max() < TOLERANCE
+
+
+@settings(max_examples=25)
+@given(configs, st.integers(1, 300), st.integers(1, 300), st.integers(0, 300), st.integers(20, 90))
+@torch.no_grad()
+def test_rows_read_on_by_unequal_amounts(
+    fields: dict[str, Any], first: int, longer: int, shorter: int, segment: int
+) -> None:
+    """A row that gets few tokens still sees, in its upper layers, those that it had."""
+    model = make(fields)
+    ids = torch.randint(0, 61, (2, first + max(longer, shorter)))
+    mask = torch.ones_like(ids)
+    mask[1, first + shorter :] = 0
+    mask[0, first + longer :] = 0
+    state = model.new_state(2)
+    for part in (slice(0, first), slice(first, None)):
+        model.read(ids[:, part], state, attention_mask=mask[:, part], segment_size=segment)
+    rest = torch.randint(0, 61, (2, 10))
+    got = model(rest, past_key_values=state).logits
+    whole = model(
+        torch.cat([ids, rest], 1), attention_mask=torch.cat([mask, mask.new_ones(2, 10)], 1)
+    )
+    assert (got - whole.logits[:, -10:]).abs().max() < TOLERANCE

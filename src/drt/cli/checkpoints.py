@@ -37,6 +37,7 @@ def find_model(folder: Path) -> Path:
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Load a run's model, or a saved one, with its tokenizer, onto the GPU if there is one."""
     import torch
+    from safetensors import SafetensorError
     from transformers.utils.logging import disable_progress_bar
 
     from drt.data import load_tokenizer
@@ -47,6 +48,15 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     found = find_model(folder)
     run = found / CONFIG_FILE
     precision = load_config(run).precision if run.is_file() else "float32"
-    model: Any = DRTForCausalLM.from_pretrained(found).eval()
+    tokenizer = load_tokenizer(str(found))
+    try:
+        model: Any = DRTForCausalLM.from_pretrained(found).eval()
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {found} are damaged: {error}") from error
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {found} has {len(tokenizer)} entries, its model "
+            f"{model.config.vocab_size}"
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Checkpoint(found, model.to(device), load_tokenizer(str(found)), precision)
+    return Checkpoint(found, model.to(device), tokenizer, precision)

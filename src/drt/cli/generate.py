@@ -36,6 +36,11 @@ def run(options: argparse.Namespace) -> None:
 
     from drt.data.tokenization import encode
 
+    for name in ("num_beams", "num_return_sequences"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(options, name)}")
+    if options.top_p is not None and not 0 < options.top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {options.top_p}")
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     checkpoint = load_checkpoint(options.checkpoint)
     ids = torch.from_numpy(encode(checkpoint.tokenizer, prompt))[None]
