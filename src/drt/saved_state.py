@@ -163,9 +163,7 @@ def load_state(
             raise MemoryFormatError(
                 f"{file} was made by another {key}: its fingerprint is {found}, not {wanted}"
             )
-    cursor = Cursor(
-        **{**header["cursor"], "recent_starts": tuple(header["cursor"]["recent_starts"])}
-    )
+    cursor = _cursor(header)
     memory = _memory(Path(folder), cursor.chunks, fingerprint, device, writable, dtype)
     state = DRTState(config, 1, memory=memory)
     state.cursors = [cursor]
@@ -184,6 +182,21 @@ def load_state(
             )
             state.current[group] = CurrentRetrieval(numbers, chunks)
     return state, header["notes"]
+
+
+def saved_cursor(folder: str | Path) -> Cursor:
+    """Where the row of a saved state stands, without loading the state.
+
+    Raises:
+        MemoryFormatError: there is no state, or it is damaged.
+    """
+    header, _ = _read(Path(folder) / STATE_FILE, torch.device("cpu"))
+    return _cursor(header)
+
+
+def _cursor(header: dict[str, Any]) -> Cursor:
+    saved = header["cursor"]
+    return Cursor(**{**saved, "recent_starts": tuple(saved["recent_starts"])})
 
 
 def _read(file: Path, device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor]]:

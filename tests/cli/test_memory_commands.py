@@ -107,6 +107,12 @@ def test_a_memory_is_shown_verified_and_exported(
     assert main(["memory", "export", memory, str(tmp_path / "out")]) == 0
     with import_safetensors(tmp_path / "out", tmp_path / "again") as again:
         assert len(again) == 80
+    tokens = Path(memory) / "tokens.bin"
+    whole = tokens.read_bytes()
+    tokens.write_bytes(whole[:-40])
+    assert main(["memory", "verify", memory]) == 2
+    assert "logs 1270 tokens" in capsys.readouterr().err
+    tokens.write_bytes(whole)
     records = next(Path(memory).glob("records.*.bin"))
     data = bytearray(records.read_bytes())
     data[5000] ^= 1

@@ -35,7 +35,29 @@ def run(options: argparse.Namespace) -> None:
             print(json.dumps(memory.info(), indent=2, default=str))
         elif options.action == "verify":
             memory.verify()
+            _verify_state(options.memory, len(memory))
             print(f"{options.memory}: all {len(memory):,} chunks are intact")
         else:
             export_safetensors(memory, options.target)
             print(f"{options.target}: {len(memory):,} chunks")
+
+
+def _verify_state(folder: Path, num_chunks: int) -> None:
+    """Whether the saved state and the log of passages, if there are such, go with the chunks."""
+    from drt.passages import CHUNKS_FILE, PassageLog
+    from drt.saved_state import STATE_FILE, saved_cursor
+
+    if not (folder / STATE_FILE).exists():
+        print(f"{folder}: there is no {STATE_FILE}, only the memory")
+        return
+    cursor = saved_cursor(folder)
+    if cursor.chunks > num_chunks:
+        raise ValueError(f"{folder} holds {num_chunks} chunks, its state goes with {cursor.chunks}")
+    if not (folder / CHUNKS_FILE).exists():
+        return
+    with PassageLog(folder) as log:
+        if log.num_chunks < cursor.chunks or log.num_tokens < cursor.tokens:
+            raise ValueError(
+                f"{folder} logs {log.num_tokens} tokens and {log.num_chunks} chunks, its state "
+                f"has {cursor.tokens} and {cursor.chunks}"
+            )

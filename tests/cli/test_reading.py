@@ -1,0 +1,110 @@
+"""`drt read`, `ask`, `generate` and `memory` when something is wrong."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from drt import DRTForCausalLM
+from drt.cli.main import main
+from drt.data.tokenization import byte_tokenizer
+from drt.passages import PassageLog
+from drt.testing import tiny_config
+
+
+def save(folder: Path, **fields: Any) -> str:
+    torch.manual_seed(0)
+    DRTForCausalLM(tiny_config(**{"vocab_size": 258, **fields})).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> str:
+    return save(tmp_path / "model")
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> list[str]:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(f"The pass key of {name} is 12345. " * 20)
+    return [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+
+
+@pytest.mark.parametrize("groups", [[1, 1], []], ids=["groups", "groupless"])
+def test_what_was_read_is_not_read_again(
+    tmp_path: Path, texts: list[str], groups: list[int], capsys: Any
+) -> None:
+    model, memory = save(tmp_path / "model", retrieval_groups=groups), str(tmp_path / "memory")
+    assert main(["read", model, texts[0], "--memory", memory]) == 0
+    assert main(["read", model, *texts, "--memory", memory]) == 0
+    assert "a.txt was read before" in capsys.readouterr().out
+    other = save(tmp_path / "other", retrieval_groups=groups, initializer_range=0.1)
+    assert main(["read", other, *texts, "--memory", memory]) == 2
+    assert "made by another model" in capsys.readouterr().err
+
+
+def test_a_memory_of_nothing_is_asked_by_any_number_and_keeps_its_dtype(
+    tmp_path: Path, texts: list[str], checkpoint: str
+) -> None:
+    (tmp_path / "empty.txt").touch()
+    memory = tmp_path / "memory"
+    assert main(["read", checkpoint, str(tmp_path / "empty.txt"), "--memory", str(memory)]) == 0
+    with (memory / "lock").open("a+") as lock:
+        import fcntl
+
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        asked = ["ask", checkpoint, "What? ", "--memory", str(memory), "--max-new-tokens", "1"]
+        assert main(asked) == 0
+    assert main(["read", checkpoint, texts[0], "--memory", str(memory), "--dtype", "int8"]) == 0
+    assert '"dtype": "int8"' in (memory / "manifest.json").read_text()
+
+
+def test_an_answer_ends_before_the_stop(
+    tmp_path: Path, texts: list[str], checkpoint: str, capsys: Any
+) -> None:
+    memory = str(tmp_path / "memory")
+    assert main(["read", checkpoint, *texts, "--memory", memory]) == 0
+    asked = ["ask", checkpoint, "What is it? ", "--memory", memory, "--max-new-tokens", "9"]
+    assert main([*asked, "--stop", "e"]) == 0
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "chunks.bin", "sources.jsonl"])
+def test_a_cut_log_is_refused_and_left_as_it_is(
+    tmp_path: Path, texts: list[str], checkpoint: str, name: str, capsys: Any
+) -> None:
+    memory = tmp_path / "memory"
+    assert main(["read", checkpoint, texts[0], "--memory", str(memory)]) == 0
+    (memory / name).write_bytes(cut := (memory / name).read_bytes()[:-1])
+    assert main(["read", checkpoint, texts[1], "--memory", str(memory)]) == 2
+    assert f"{name}" in capsys.readouterr().err
+    assert (memory / name).read_bytes() == cut
+    if name == "sources.jsonl":
+        with pytest.raises(ValueError, match=r"sources\.jsonl was cut"):
+            PassageLog(memory).passage(0)
+
+
+def test_a_model_smaller_than_its_tokenizer_and_cut_weights(tmp_path: Path, capsys: Any) -> None:
+    assert main(["generate", save(tmp_path / "small", vocab_size=100), "zzz"]) == 2
+    assert "has 258 entries, its model 100" in capsys.readouterr().err
+    weights = Path(save(tmp_path / "cut")) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert main(["generate", str(weights.parent), "zzz"]) == 2
+    assert "are damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-beams", "0"], "num_beams must be at least 1, got 0"),
+        (["--num-return-sequences", "-1"], "num_return_sequences must be at least 1, got -1"),
+        (["--top-p", "2"], "top_p must be above 0 and at most 1, got 2.0"),
+    ],
+)
+def test_numbers_out_of_range(
+    arguments: list[str], message: str, tmp_path: Path, capsys: Any
+) -> None:
+    assert main(["generate", str(tmp_path), "x", *arguments]) == 2
+    assert message in capsys.readouterr().err
