@@ -189,6 +189,10 @@ def notes(results: Sequence[Result]) -> list[str]:
     return ["\n\n".join(lines)]
 
 
+SMALL_RANGE = 5
+"""Panels whose values differ by less than this factor begin at zero."""
+
+
 def _process(result: Result) -> str:
     return "beside Llama" if result["job"]["full_attention"] else result["job"]["tier"]
 
@@ -276,13 +280,19 @@ def _finish(axis: Any, title: str, unit: str, results: Sequence[Result]) -> None
     lengths = sorted({row["length"] for result in results for row in result["rows"]})
     from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
-    axis.set(title=title, ylabel=unit, xlabel="tokens read", yscale="log")
+    axis.set(title=title, ylabel=unit, xlabel="tokens read")
     axis.set_xscale("log", base=2)
     axis.set_xticks(lengths, [short(length) for length in lengths])
     axis.xaxis.set_minor_locator(NullLocator())
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.yaxis.set_minor_formatter(NullFormatter())
+    values = [value for line in axis.get_lines() for value in line.get_ydata()]
+    if max(values) < SMALL_RANGE * min(values):
+        # Noise must not look like growth.
+        axis.set_ylim(0, None)
+    else:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=7)
