@@ -28,6 +28,7 @@ check: $(STAMP)  ## lint, format, types
 bench: $(STAMP)  ## the benchmarks, printed as tables
 	$(BIN)/python benchmarks/gca.py
 	$(BIN)/python benchmarks/window.py
+	$(BIN)/python benchmarks/search.py
 	$(BIN)/python benchmarks/length.py --models demo --max-length 1M --budget-seconds 60
 
 clean:  ## remove the environment and caches, keep runs/
