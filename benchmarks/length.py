@@ -22,19 +22,13 @@ from typing import Any
 import torch
 
 from common import hardware_line, parser, run_worker, write_json
+from drt.cli.lengths import length
 from length_models import CONFIGURATIONS, TIERS
 from length_report import draw, report
 from length_worker import DTYPES, Job, run
 
 FIRST_LENGTH = 1 << 14
 QUICK_LENGTH = 1 << 16
-UNITS = {"K": 1 << 10, "M": 1 << 20}
-
-
-def tokens(text: str) -> int:
-    """16K -> 16384."""
-    unit = UNITS.get(text[-1:].upper())
-    return int(text) if unit is None else int(text[:-1]) * unit
 
 
 def milestones(longest: int) -> list[int]:
@@ -42,14 +36,14 @@ def milestones(longest: int) -> list[int]:
     lengths = [FIRST_LENGTH]
     while lengths[-1] * 4 < longest:
         lengths.append(lengths[-1] * 4)
-    return sorted({*(length for length in lengths if length <= longest), longest})
+    return sorted({*(x for x in lengths if x <= longest), longest})
 
 
 def options() -> argparse.ArgumentParser:
     arguments = parser(__doc__)
     add = arguments.add_argument
-    add("--max-length", type=tokens, default=tokens("1M"), help="such as 16M; default 1M")
-    add("--lengths", type=tokens, nargs="+", help="milestones, in place of 16K, 64K, ...")
+    add("--max-length", type=length, default=1 << 20, help="such as 16M; default 1M")
+    add("--lengths", type=length, nargs="+", help="milestones, in place of 16K, 64K, ...")
     add("--models", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
     add("--tiers", nargs="*", choices=TIERS, default=list(TIERS))
     add("--no-llama", action="store_true", help="leave out the process with full attention")

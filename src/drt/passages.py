@@ -99,17 +99,21 @@ class PassageLog:
             file.flush()
             os.fsync(file.fileno())
 
+    def check_holds(self, *, num_tokens: int, num_chunks: int) -> None:
+        """Raise ValueError if the log is shorter than the state that it goes with."""
+        if num_tokens > self.num_tokens or num_chunks > self.num_chunks:
+            raise ValueError(
+                f"{self.folder} logs {self.num_tokens} tokens and {self.num_chunks} chunks, its "
+                f"state has {num_tokens} and {num_chunks}: {TOKENS_FILE} or {CHUNKS_FILE} was cut"
+            )
+
     def truncate(self, *, num_tokens: int, num_chunks: int, num_sources: int) -> None:
         """Drop what stands behind these counts.
 
         Raises:
             ValueError: the log is shorter.
         """
-        if num_tokens > self.num_tokens or num_chunks > self.num_chunks:
-            raise ValueError(
-                f"{self.folder} logs {self.num_tokens} tokens and {self.num_chunks} chunks, its "
-                f"state has {num_tokens} and {num_chunks}: {TOKENS_FILE} or {CHUNKS_FILE} was cut"
-            )
+        self.check_holds(num_tokens=num_tokens, num_chunks=num_chunks)
         # What follows the last line end is no whole line.
         lines = (self.folder / SOURCES_FILE).read_bytes().split(b"\n")[:-1]
         if num_sources > len(lines):

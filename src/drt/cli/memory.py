@@ -56,8 +56,4 @@ def _verify_state(folder: Path, num_chunks: int) -> None:
     if not (folder / CHUNKS_FILE).exists():
         return
     with PassageLog(folder) as log:
-        if log.num_chunks < cursor.chunks or log.num_tokens < cursor.tokens:
-            raise ValueError(
-                f"{folder} logs {log.num_tokens} tokens and {log.num_chunks} chunks, its state "
-                f"has {cursor.tokens} and {cursor.chunks}"
-            )
+        log.check_holds(num_tokens=cursor.tokens, num_chunks=cursor.chunks)

@@ -56,14 +56,13 @@ def _open(checkpoint: Checkpoint, options: argparse.Namespace) -> Any:
     import torch
 
     from drt.ingestion import Ingestion
-    from drt.memory import DiskMemory
+    from drt.memory.manifest import Manifest
+    from drt.saved_state import MANIFEST_FILE
 
-    if options.dtype and (options.memory / "manifest.json").exists():
-        with DiskMemory.open(options.memory) as memory:
-            if str(memory.options.dtype).removeprefix("torch.") != options.dtype:
-                raise ValueError(
-                    f"{options.memory} is stored in {memory.options.dtype}, not {options.dtype}"
-                )
+    if options.dtype and (options.memory / MANIFEST_FILE).exists():
+        stored = Manifest.read(options.memory).dtype
+        if stored != options.dtype:
+            raise ValueError(f"{options.memory} is stored in torch.{stored}, not {options.dtype}")
     return Ingestion(
         checkpoint.model,
         checkpoint.tokenizer,

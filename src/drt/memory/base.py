@@ -87,9 +87,10 @@ class InferenceMemory(ABC):
         self._check_open()
         chunks = _Appended(landmarks, keys, values, lengths)
         layout, rows = self._layout or self._new_layout(chunks), self._rows
-        # A run of another precision may go on with a memory.
-        keys, values = (x.to(layout.compute_dtype) for x in (keys, values))
-        chunks = _Appended(landmarks, keys, values, lengths)
+        if keys.dtype != layout.compute_dtype:
+            # A run of another precision goes on with the memory.
+            keys, values = (x.to(layout.compute_dtype) for x in (keys, values))
+            chunks = _Appended(landmarks, keys, values, lengths)
         chunks.check_against(layout, len(rows))
         if not rows:
             rows = [Row() for _ in range(landmarks.shape[0])]
