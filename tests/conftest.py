@@ -8,6 +8,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+if not torch.cuda.is_available():
+    # Triton's kernels then run in its interpreter; it must know before it is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)
 settings.register_profile("drt", deadline=None)
 settings.load_profile("drt")

@@ -20,18 +20,20 @@ class Case(NamedTuple):
     weights: Tensor
     key_lengths: Tensor | None
 
-    def to(self, dtype: torch.dtype) -> "Case":
+    def to(self, dtype: torch.dtype, device: str = "cpu") -> "Case":
         """Fresh leaves in another dtype; weights stay at float32 or better."""
         wide = torch.promote_types(dtype, torch.float32)
 
         def leaf(tensor: Tensor, target: torch.dtype) -> Tensor:
-            return tensor.detach().to(target).requires_grad_()
+            return tensor.detach().to(device, target).requires_grad_()
 
-        return self._replace(
+        return Case(
             query=leaf(self.query, dtype),
             key=leaf(self.key, dtype),
             value=leaf(self.value, dtype),
+            indices=self.indices.to(device),
             weights=leaf(self.weights, wide),
+            key_lengths=None if self.key_lengths is None else self.key_lengths.to(device),
         )
 
     def run(self, operator: Callable[..., Tensor], **options: object) -> Tensor:
@@ -41,6 +43,7 @@ class Case(NamedTuple):
         """The output and the four gradients for a fixed, uneven gradient of the output."""
         output = self.run(operator, **options)
         grad = torch.linspace(-1.0, 1.5, output.numel(), dtype=torch.float64).cos()
+        grad = grad.to(output.device)
         inputs = [self.query, self.key, self.value, self.weights]
         grads = torch.autograd.grad(output, inputs, grad.view(output.shape).to(output.dtype))
         return dict(

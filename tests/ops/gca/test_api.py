@@ -59,7 +59,7 @@ def test_a_memory_without_chunks_has_no_index(make_case: Callable) -> None:
 
 
 def test_unknown_backend(make_case: Callable) -> None:
-    with pytest.raises(ValueError, match="'fast'; there are blocked, reference"):
+    with pytest.raises(ValueError, match="'fast'; there are blocked, reference, triton"):
         make_case().run(grouped_cross_attention, backend="fast")
 
 

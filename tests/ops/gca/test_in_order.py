@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from drt import grouped_cross_attention
-from drt.ops.gca.api import BACKENDS
 
 
 def case(num_queries: int, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
@@ -22,7 +21,7 @@ def case(num_queries: int, dtype: torch.dtype = torch.float64) -> dict[str, torc
     }
 
 
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", ["blocked", "reference"])
 @pytest.mark.parametrize("num_queries", [1, 4, 7])
 @pytest.mark.parametrize("ragged", [False, True])
 def test_values_and_gradients_are_those_of_the_numbers(

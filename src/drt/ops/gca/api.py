@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from drt.ops.gca.blocked import blocked
+from drt.ops.gca.inverse import InverseIndex
 from drt.ops.gca.reference import reference
+from drt.ops.gca.triton import backend as triton
 
 
 class Backend(NamedTuple):
@@ -16,19 +18,22 @@ class Backend(NamedTuple):
 
     run: Callable[..., Tensor]
     """Called with the arguments of `grouped_cross_attention` but `backend`, validated."""
-    unavailable: Callable[[Tensor], str | None]
-    """Why the backend cannot serve this query tensor and what would help, or None if it can."""
+    unavailable: Callable[[Tensor, Tensor], str | None]
+    """Why it cannot serve this query and key and what would help, or None if it can."""
+    takes_inverse: bool = False
+    """Whether it reads `inverse`."""
 
 
-def _blocked_unavailable(query: Tensor) -> str | None:
+def _blocked_unavailable(query: Tensor, key: Tensor) -> str | None:
     if query.device.type == "cpu":
         return None
-    return f"it runs on CPU tensors and query is on {query.device}; use backend='reference'"
+    return f"it runs on CPU tensors and query is on {query.device}; use 'triton' or 'reference'"
 
 
 BACKENDS: dict[str, Backend] = {
-    "reference": Backend(reference, lambda query: None),
+    "reference": Backend(reference, lambda query, key: None),
     "blocked": Backend(blocked, _blocked_unavailable),
+    "triton": Backend(triton.run, triton.unavailable, takes_inverse=True),
 }
 
 
@@ -42,6 +47,7 @@ def grouped_cross_attention(
     key_lengths: Tensor | None = None,
     scale: float | None = None,
     softmax_plus_one: bool = False,
+    inverse: InverseIndex | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Attend from each chunk of queries to its retrieved chunks, one softmax per chunk.
@@ -69,7 +75,11 @@ def grouped_cross_attention(
         key_lengths: (B, M) int64 in [0, S]: valid tokens of each chunk; None when all S are.
         scale: factor of the scores; None for D ** -0.5.
         softmax_plus_one: add 1 to each softmax denominator (an implicit key of score 0, value 0).
-        backend: "reference" or "blocked"; None for "blocked" on CPU, else "reference".
+        inverse: `invert_indices(indices, M)`, where several calls share their indices: the "triton"
+            backward then need not work it out for each. The others have no use for it.
+        backend: "blocked" (CPU), "triton" (CUDA; float16, bfloat16, float32; S and D up to 256) or
+            "reference" (everywhere). None for "blocked" on CPU, and elsewhere "triton" where it
+            can serve these tensors, else "reference".
 
     Returns:
         (B, C, Q, H, D) in query's dtype.
@@ -87,7 +97,10 @@ def grouped_cross_attention(
         _check_indices(indices, key, weights)
     if key_lengths is not None:
         _check_lengths(key_lengths, key)
-    chosen = _choose(backend, query)
+    if inverse is not None:
+        _check_inverse(inverse, key, weights)
+    chosen = _choose(backend, query, key)
+    options = {"inverse": inverse} if chosen.takes_inverse else {}
     with _without_autocast(query.device.type):
         return chosen.run(
             query,
@@ -98,7 +111,15 @@ def grouped_cross_attention(
             key_lengths=key_lengths,
             scale=query.shape[-1] ** -0.5 if scale is None else scale,
             softmax_plus_one=softmax_plus_one,
+            **options,
         )
+
+
+def default_backend(query: Tensor, key: Tensor) -> str:
+    """The backend that serves these tensors when none is asked for."""
+    if query.device.type == "cpu":
+        return "blocked"
+    return "reference" if triton.unavailable(query, key) else "triton"
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager:
@@ -108,12 +129,12 @@ def _without_autocast(device_type: str) -> AbstractContextManager:
     return nullcontext()
 
 
-def _choose(name: str | None, query: Tensor) -> Backend:
+def _choose(name: str | None, query: Tensor, key: Tensor) -> Backend:
     if name is None:
-        name = "blocked" if query.device.type == "cpu" else "reference"
+        name = default_backend(query, key)
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; there are {', '.join(sorted(BACKENDS))}")
-    reason = BACKENDS[name].unavailable(query)
+    reason = BACKENDS[name].unavailable(query, key)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} is unavailable: {reason}")
     return BACKENDS[name]
@@ -180,6 +201,16 @@ def _check_lengths(key_lengths: Tensor, key: Tensor) -> None:
     _check_values("key_lengths", key_lengths, 0, key.shape[2])
 
 
+def _check_inverse(inverse: InverseIndex, key: Tensor, weights: Tensor) -> None:
+    slots, chunks = inverse.order.shape[0], inverse.starts.shape[0] - 1
+    if (slots, chunks) != (weights.numel(), key.shape[0] * key.shape[1]):
+        raise ValueError(
+            f"inverse is of {slots} slots and {chunks} chunks, "
+            f"the call has {weights.numel()} and {key.shape[0] * key.shape[1]}"
+        )
+    _check_device(key, inverse=inverse.order)
+
+
 def _check_integer(name: str, tensor: Tensor) -> None:
     if tensor.dtype != torch.int64:
         raise ValueError(f"{name} must be int64, got {tensor.dtype}")
@@ -196,7 +227,7 @@ def _check_values(name: str, tensor: Tensor, low: int, high: int) -> None:
     if tensor.numel() == 0 or tensor.device.type == "meta":
         return
     lowest, highest = torch.aminmax(tensor)
-    if tensor.device.type == "cpu":
+    if tensor.device.type == "cpu" and not torch.compiler.is_compiling():
         if lowest < low or highest > high:
             raise ValueError(
                 f"{name} must be in [{low}, {high}], got values in [{lowest}, {highest}]"

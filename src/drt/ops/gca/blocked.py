@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from drt.ops.gca.blocks import BlockedPass, Gradients, Options, accumulation_dtype
 from drt.ops.gca.decode import attend_in_order, lies_in_order
+from drt.ops.gca.layout import new_memory_gradient
 from drt.ops.gca.order import in_order
 
 # Bytes of the float32 accumulators for the gradients of a lower-precision memory; a memory that
@@ -76,8 +77,8 @@ class _Blocked(torch.autograd.Function):
         wants = ctx.needs_input_grad
         found = Gradients(
             query.new_empty(query.shape) if wants[0] else None,
-            _new_gradient(key) if wants[1] else None,
-            _new_gradient(value) if wants[2] else None,
+            new_memory_gradient(key) if wants[1] else None,
+            new_memory_gradient(value) if wants[2] else None,
             weights.new_zeros(weights.shape, dtype=accumulation_dtype(query)) if wants[4] else None,
         )
         if _has_work(query, key, indices):
@@ -93,13 +94,6 @@ class _Blocked(torch.autograd.Function):
 
 def _has_work(query: Tensor, key: Tensor, indices: Tensor) -> bool:
     return query.numel() > 0 and key.numel() > 0 and indices.numel() > 0
-
-
-def _new_gradient(memory: Tensor) -> Tensor:
-    """Uninitialized (B, M, S, G, D): contiguous if the memory is, else head-major."""
-    if memory.is_contiguous():
-        return memory.new_empty(memory.shape)
-    return memory.new_empty(memory.transpose(2, 3).shape).transpose(2, 3)
 
 
 def _backward_in_stripes(inputs: tuple[Any, ...], grad: Tensor, found: Gradients) -> None:

@@ -1,0 +1,1 @@
+"""The kernels themselves; `launch.py` says with which tiles they run."""

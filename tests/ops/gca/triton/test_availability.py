@@ -1,0 +1,53 @@
+"""When the backend says no, and what it says."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from drt.ops.gca import grouped_cross_attention
+from drt.ops.gca.triton import backend
+
+REFUSED = {
+    "float64": ({}, torch.float64, "query is torch.float64"),
+    "chunk": ({"S": 257}, torch.float32, "up to 256 tokens, S is 257"),
+    "width": ({"D": 257}, torch.float32, "up to 256, D is 257"),
+}
+
+
+@pytest.mark.parametrize(("sizes", "dtype", "message"), REFUSED.values(), ids=REFUSED)
+def test_sizes_and_dtypes(
+    make_case: Callable, device: str, sizes: dict[str, int], dtype: torch.dtype, message: str
+) -> None:
+    case = make_case(**sizes).to(dtype, device)
+    with pytest.raises(RuntimeError, match=f"'triton' is unavailable: .*{message}"):
+        case.run(grouped_cross_attention, backend="triton")
+
+
+def test_a_cpu_without_the_interpreter(
+    make_case: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "_is_interpreted", lambda: False)
+    with pytest.raises(RuntimeError, match="runs on CUDA tensors and query is on cpu"):
+        make_case().to(torch.float32).run(grouped_cross_attention, backend="triton")
+
+
+def test_bfloat16_in_the_interpreter(make_case: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_is_interpreted", lambda: True)
+    with pytest.raises(RuntimeError, match="interpreter computes bfloat16 wrongly"):
+        make_case().to(torch.bfloat16).run(grouped_cross_attention, backend="triton")
+
+
+def test_without_triton(make_case: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_is_installed", lambda: False)
+    with pytest.raises(RuntimeError, match=r"pip install 'drt-lm\[kernels\]'"):
+        make_case().to(torch.float32).run(grouped_cross_attention, backend="triton")
+
+
+def test_an_inverse_of_another_call_is_refused(make_case: Callable, device: str) -> None:
+    from drt.ops.gca import invert_indices
+
+    case = make_case().to(torch.float32, device)
+    inverse = invert_indices(case.indices[:, :2], case.key.shape[1])
+    with pytest.raises(ValueError, match="of 12 slots and 10 chunks, the call has 18 and 10"):
+        case.run(grouped_cross_attention, backend="triton", inverse=inverse)
