@@ -24,7 +24,7 @@ IGNORED = -100
 
 
 def next_tokens(labels: Tensor) -> Tensor:
-    """What each column is to predict: (B, T) labels moved one to the left; the last is `IGNORED`."""
+    """What each column predicts: (B, T) labels moved one to the left, the last `IGNORED`."""
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
@@ -86,15 +86,12 @@ class LanguageModelHead(nn.Linear):
         if targets is None:
             return super().forward(input)
         assert chunk_size is not None
-        hidden, flat = input.flatten(0, -2), targets.flatten()
-        losses = _ChunkedLosses.apply(
-            hidden, self.weight, flat, chunk_size, _product_dtype(self.weight)
-        )
-        return losses.view(targets.shape)
+        dtype = _product_dtype(self.weight)
+        return _ChunkedLosses.apply(input, self.weight, targets, chunk_size, dtype)
 
 
 class _ChunkedLosses(torch.autograd.Function):
-    """(N, E) hidden states, (V, E) head and (N,) targets to (N,) losses."""
+    """(..., E) hidden states, (V, E) head and (...) targets to (...) losses."""
 
     @staticmethod
     def forward(
@@ -102,11 +99,13 @@ class _ChunkedLosses(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, targets)
         ctx.size, ctx.dtype = size, dtype
+        losses = hidden.new_empty(targets.shape, dtype=_sum_dtype(weight))
+        parts = (hidden.flatten(0, -2), targets.flatten(), losses.view(-1))
+        head = weight.to(dtype)
         with without_autocast(hidden.device.type):
-            head = weight.to(dtype)
-            parts = zip(hidden.split(size), targets.split(size), strict=True)
-            losses = [losses_of_logits(part.to(dtype) @ head.t(), wanted) for part, wanted in parts]
-        return torch.cat(losses)
+            for part, wanted, out in zip(*(x.split(size) for x in parts), strict=True):
+                out.copy_(losses_of_logits(part.to(dtype) @ head.t(), wanted))
+        return losses
 
     @staticmethod
     @once_differentiable
@@ -115,16 +114,19 @@ class _ChunkedLosses(torch.autograd.Function):
         # A mean over no token has an infinite gradient, and ignored tokens have none.
         grad = grad.masked_fill(targets == IGNORED, 0.0)
         head = weight.to(ctx.dtype)
-        grad_hidden = torch.empty_like(hidden)
+        grad_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
         grad_weight = None
         if ctx.needs_input_grad[1]:
             grad_weight = torch.zeros_like(weight, dtype=_sum_dtype(weight))
+        parts = (hidden.flatten(0, -2), targets.flatten(), grad.flatten())
+        outs = grad_hidden.view(-1, hidden.shape[-1])
         with without_autocast(hidden.device.type):
-            for first in range(0, len(hidden), ctx.size):
-                rows = slice(first, first + ctx.size)
-                part = hidden[rows].to(ctx.dtype)
-                slopes = _slopes(part @ head.t(), targets[rows], grad[rows]).to(ctx.dtype)
-                grad_hidden[rows] = slopes @ head
+            for part, wanted, scale, out in zip(
+                *(x.split(ctx.size) for x in (*parts, outs)), strict=True
+            ):
+                part = part.to(ctx.dtype)
+                slopes = _slopes(part @ head.t(), wanted, scale).to(ctx.dtype)
+                out.copy_(slopes @ head)
                 if grad_weight is not None:
                     grad_weight += slopes.t() @ part
         if grad_weight is not None:

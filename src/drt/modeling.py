@@ -59,7 +59,7 @@ class DRTCausalLMOutput(CausalLMOutputWithPast):
     retrievals: tuple[Retrieval, ...] | None = None
     """Per group a `Retrieval` of the chunks closed in this call; only with `output_retrievals`."""
     token_losses: Tensor | None = None
-    """(B, T - 1) float32, of predicting labels 1 .. T - 1, 0 at -100; with `output_token_losses`."""
+    """(B, T - 1) of predicting labels 1 .. T - 1, 0 at -100; only with `output_token_losses`."""
 
 
 class DRTPreTrainedModel(PreTrainedModel):
