@@ -205,7 +205,7 @@ class _ChosenScores(torch.autograd.Function):
             for tile in chain.from_iterable(ctx.search.blocks(landmarks.shape[1])):
                 slopes = _dense(grad, indices, tile)
                 grads[0][:, tile.queries] += slopes @ vectors[1][:, tile.landmarks]
-                grads[1][:, tile.landmarks] += slopes.mT @ vectors[0][:, tile.queries]
+                grads[1][:, tile.landmarks] += (vectors[0][:, tile.queries].mT @ slopes).mT
         return grads[0].to(queries.dtype), grads[1].to(landmarks.dtype), None
 
 
