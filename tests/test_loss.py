@@ -116,7 +116,7 @@ def test_bfloat16_does_not_lose_the_gradient_of_late_chunks() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_on_a_gpu(dtype: torch.dtype) -> None:
     case = make_case((3, 200), vocab=1000)

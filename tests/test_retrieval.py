@@ -235,6 +235,21 @@ def test_scores_are_float32_under_autocast_too(dtype: torch.dtype) -> None:
         assert torch.allclose(mine.grad.double(), exact.grad, rtol=limit, atol=1e-6)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("score_bytes", [4 * 2 * 40 * 300, SCORE_BYTES])
+def test_a_gpu_chooses_and_learns_the_same(score_bytes: int) -> None:
+    made = track(make_vectors(2, 700, 1500, 0))
+    vectors = [x.detach().cuda().requires_grad_() for x in made[:2]]
+    on_device = Vectors(*vectors, made.limits, made.firsts)
+    found = retrieve_chunks(*on_device[:3], topk=8, firsts=made.firsts, score_bytes=score_bytes)
+    got, wanted = Retrieval(*(x.cpu() for x in found)), materialized(made, 8)
+    assert torch.equal(got.indices, wanted.indices)
+    assert torch.allclose(got.weights, wanted.weights, rtol=1e-12, atol=1e-12)
+    grads = zip(gradients(on_device, got), gradients(made, wanted), strict=True)
+    assert all(torch.allclose(one.cpu(), other, rtol=1e-12, atol=1e-12) for one, other in grads)
+
+
 def test_scores_of_a_long_row_are_never_held_all_at_once(largest_tensor: Any) -> None:
     chunks = 8192
     made = make_vectors(1, chunks, chunks, 0, width=8)

@@ -384,7 +384,7 @@ class DRTForCausalLM(DRTPreTrainedModel, DRTGeneration, GenerationMixin):
         if labels is None:
             loss, losses, logits = None, None, self.lm_head(hidden)
         else:
-            targets = next_tokens(labels)
+            targets = next_tokens(labels).to(hidden.device)
             losses, logits = self._losses(hidden, targets)
             loss = mean_loss(losses, targets, **extra)
         return DRTCausalLMOutput(
