@@ -60,6 +60,34 @@ def mean_loss(
     return losses.sum() / num_items_in_batch
 
 
+def losses_of_head(
+    head: nn.Module, hidden: Tensor, targets: Tensor, *, chunk_size: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """The loss of each token, and the logits unless they are never held all at once.
+
+    Args:
+        head: maps hidden states to logits; with a chunk size, a `LanguageModelHead`.
+        hidden: (B, T, E).
+        targets: (B, T) int64.
+        chunk_size: tokens whose logits are held at once; None = all.
+
+    Returns:
+        (B, T) losses as `losses_of_logits`, and (B, T, V) logits or None.
+
+    Raises:
+        ValueError: a chunk size with another head, whose forward knows no targets.
+    """
+    if chunk_size is None:
+        logits = head(hidden)
+        return losses_of_logits(logits, targets), logits
+    if not isinstance(head, LanguageModelHead):
+        raise ValueError(
+            f"loss_chunk_size = {chunk_size} needs the model's own head, lm_head is a "
+            f"{type(head).__name__}; set config.loss_chunk_size = None"
+        )
+    return head(hidden, targets, chunk_size), None
+
+
 class LanguageModelHead(nn.Linear):
     """The output head: hidden states to logits or, a chunk of tokens at a time, to losses.
 
@@ -69,6 +97,13 @@ class LanguageModelHead(nn.Linear):
 
     def __init__(self, hidden_size: int, vocab_size: int, **kwargs: Any) -> None:
         super().__init__(hidden_size, vocab_size, bias=False, **kwargs)
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> LanguageModelHead:
+        """A head that shares the weight of a linear layer."""
+        head = cls(linear.in_features, linear.out_features, device="meta")
+        head.weight = linear.weight
+        return head
 
     def forward(
         self, input: Tensor, targets: Tensor | None = None, chunk_size: int | None = None

@@ -33,7 +33,7 @@ from drt.layers import (
     landmark_projection,
     rotary_factors,
 )
-from drt.loss import LanguageModelHead, losses_of_logits, mean_loss, next_tokens
+from drt.loss import LanguageModelHead, losses_of_head, mean_loss, next_tokens
 from drt.memory import ChunkMemory, TrainingMemory
 from drt.retrieval import Retrieval
 from drt.saved_state import load_state, model_fingerprint, save_state
@@ -252,10 +252,7 @@ class DRTForCausalLM(DRTPreTrainedModel, DRTGeneration, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Take another head; a plain linear layer, as resizing makes it, lends its weight."""
         if type(new_embeddings) is nn.Linear:
-            rows, width = new_embeddings.weight.shape
-            head = LanguageModelHead(width, rows, device="meta")
-            head.weight = new_embeddings.weight
-            new_embeddings = head
+            new_embeddings = LanguageModelHead.of(new_embeddings)
         self.lm_head = new_embeddings
 
     def new_state(self, batch_size: int = 1, *, memory: ChunkMemory | None = None) -> DRTState:
@@ -385,7 +382,8 @@ class DRTForCausalLM(DRTPreTrainedModel, DRTGeneration, GenerationMixin):
             loss, losses, logits = None, None, self.lm_head(hidden)
         else:
             targets = next_tokens(labels).to(hidden.device)
-            losses, logits = self._losses(hidden, targets)
+            chunk_size = self.config.loss_chunk_size if self.training else None
+            losses, logits = losses_of_head(self.lm_head, hidden, targets, chunk_size=chunk_size)
             loss = mean_loss(losses, targets, **extra)
         return DRTCausalLMOutput(
             loss=loss,
@@ -399,19 +397,6 @@ class DRTForCausalLM(DRTPreTrainedModel, DRTGeneration, GenerationMixin):
         """What the head reads: (B, T or n, E)."""
         kept = slice(-keep if keep else None, None) if isinstance(keep, int) else keep
         return self.model.norm(out.layout.take_predictions(out.hidden, kept))
-
-    def _losses(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(B, T) losses, and the logits unless they are never held all at once."""
-        chunk_size = self.config.loss_chunk_size
-        if chunk_size is None or not self.training:
-            logits = self.lm_head(hidden)
-            return losses_of_logits(logits, targets), logits
-        if not isinstance(self.lm_head, LanguageModelHead):
-            raise ValueError(
-                f"loss_chunk_size = {chunk_size} needs the model's own head, lm_head is a "
-                f"{type(self.lm_head).__name__}; set config.loss_chunk_size = None"
-            )
-        return self.lm_head(hidden, targets, chunk_size), None
 
     @property
     def _closes_early(self) -> bool:
