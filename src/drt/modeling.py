@@ -251,7 +251,7 @@ class DRTForCausalLM(DRTPreTrainedModel, DRTGeneration, GenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Take another head; a plain linear layer, as resizing makes it, lends its weight."""
-        if type(new_embeddings) is nn.Linear:
+        if type(new_embeddings) is nn.Linear and new_embeddings.bias is None:
             new_embeddings = LanguageModelHead.of(new_embeddings)
         self.lm_head = new_embeddings
 
