@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 if not torch.cuda.is_available():
     # Triton's kernels then run in its interpreter; it must know before it is imported.
@@ -44,3 +46,30 @@ def small_model() -> dict[str, Any]:
         "chunk_size": 16,
         "sliding_window": 16,
     }
+
+
+class LargestTensor(TorchDispatchMode):
+    """Inside the context, notes the size of the largest tensor that an operator returns.
+
+    Views count as what they show; operators inside operators, forward and backward, are seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+        self.num_bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.numel = max(self.numel, leaf.numel())
+                self.num_bytes = max(self.num_bytes, leaf.numel() * leaf.itemsize)
+        return out
+
+
+@pytest.fixture
+def largest_tensor() -> LargestTensor:
+    return LargestTensor()

@@ -40,6 +40,7 @@ def test_layers_are_counted_from_groups() -> None:
         ({"num_key_value_heads": 3}, "4 is not a multiple of num_key_value_heads 3"),
         ({"head_dim": 7}, "even head_dim, got 7"),
         ({"landmark_size": 0}, "landmark_size must be at least 1, got 0"),
+        ({"loss_chunk_size": 0}, "loss_chunk_size must be at least 1, got 0"),
         ({"early_close_rate": -0.5}, r"from 0 to chunk_size = 16, got -0\.5"),
         ({"early_close_rate": 17.0}, r"from 0 to chunk_size = 16, got 17\.0"),
         ({"retrieval_top_k": 8}, "unknown DRTConfig key 'retrieval_top_k'.*'retrieval_topk'"),
@@ -52,7 +53,13 @@ def test_wrong_sizes_raise(changes: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"retrieval_onset": "token"}, {"position_embedding": "none"}, {"chunk_size": "16"}]
+    "changes",
+    [
+        {"retrieval_onset": "token"},
+        {"position_embedding": "none"},
+        {"chunk_size": "16"},
+        {"loss_chunk_size": 1.5},
+    ],
 )
 def test_wrong_types_raise(changes: dict[str, Any]) -> None:
     with pytest.raises(StrictDataclassError, match=next(iter(changes))):

@@ -203,6 +203,11 @@ def test_runs_in_bfloat16(ids: torch.Tensor) -> None:
         ({"document_ids": torch.zeros(2, 4)}, r"document_ids must be .*got \(2, 4\)"),
         ({"attention_mask": torch.zeros(2, 1, 3, 3)}, r"must be \(B, T\) = .*got shape"),
         ({"output_attentions": True}, "does not know the arguments.*output_attentions"),
+        ({"output_token_losses": True}, "output_token_losses=True needs labels"),
+        (
+            {"labels": torch.zeros(2, 3, dtype=torch.int64), "logits_to_keep": 1},
+            "labels need all logits, got logits_to_keep = 1",
+        ),
         ({"window": 3}, "does not know the arguments.*window"),
     ],
 )

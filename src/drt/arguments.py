@@ -25,6 +25,16 @@ def check_state(state: Any, columns: Tensor) -> None:
         raise ValueError(f"the state has {state.batch_size} rows, the input has {columns.shape[0]}")
 
 
+def check_labels(
+    labels: Tensor | None, logits_to_keep: int | Tensor, *, output_token_losses: bool
+) -> None:
+    """Refuse losses without labels, and labels without the logits that predict them."""
+    if labels is None and output_token_losses:
+        raise ValueError("output_token_losses=True needs labels")
+    if labels is not None and (isinstance(logits_to_keep, Tensor) or logits_to_keep):
+        raise ValueError(f"labels need all logits, got logits_to_keep = {logits_to_keep}")
+
+
 def make_marks(
     columns: Tensor,
     attention_mask: Tensor | None,

@@ -92,6 +92,9 @@ class DRTConfig(PreTrainedConfig):
     """Whether attention inside a retrieved chunk has an implicit key of score and value zero."""
     num_encoder_layers: int = 2
     """Bidirectional layers of the chunk encoder."""
+    loss_chunk_size: int | None = None
+    """Tokens, of all rows together, whose logits are held at once in training; a training forward
+    with labels then returns no logits. None = all, and they are returned."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         _refuse_unknown(type(self), kwargs)
@@ -134,8 +137,10 @@ class DRTConfig(PreTrainedConfig):
                 f"early_close_rate must be from 0 to chunk_size = {self.chunk_size}, "
                 f"got {self.early_close_rate}"
             )
-        if self.landmark_size is not None and self.landmark_size < 1:
-            raise ValueError(f"landmark_size must be at least 1, got {self.landmark_size}")
+        for name in ("landmark_size", "loss_chunk_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if any(layers < 1 for layers in self.retrieval_groups):
             raise ValueError(
                 f"every retrieval group needs at least 1 layer, got {self.retrieval_groups}"

@@ -19,7 +19,7 @@ from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
-from drt.arguments import check_state, loss_kwargs, make_marks, move_right
+from drt.arguments import check_labels, check_state, loss_kwargs, make_marks, move_right
 from drt.block_retrieval import chunks_of_blocks
 from drt.chunking import ChunkRules, Cursor, Marks, SegmentLayout, plan_segment
 from drt.configuration import DRTConfig
@@ -33,6 +33,7 @@ from drt.layers import (
     landmark_projection,
     rotary_factors,
 )
+from drt.loss import LanguageModelHead, losses_of_head, mean_loss, next_tokens
 from drt.memory import ChunkMemory, TrainingMemory
 from drt.retrieval import Retrieval
 from drt.saved_state import load_state, model_fingerprint, save_state
@@ -53,10 +54,12 @@ class DRTModelOutput:
 
 @dataclass
 class DRTCausalLMOutput(CausalLMOutputWithPast):
-    """What `DRTForCausalLM` returns: `loss`, `logits`, `past_key_values` and `retrievals`."""
+    """What `DRTForCausalLM` returns: `loss`, `logits`, `past_key_values` and what was asked for."""
 
     retrievals: tuple[Retrieval, ...] | None = None
     """Per group a `Retrieval` of the chunks closed in this call; only with `output_retrievals`."""
+    token_losses: Tensor | None = None
+    """(B, T - 1) of predicting labels 1 .. T - 1, 0 at -100; only with `output_token_losses`."""
 
 
 class DRTPreTrainedModel(PreTrainedModel):
@@ -243,8 +246,14 @@ class DRTForCausalLM(DRTPreTrainedModel, DRTGeneration, GenerationMixin):
     def __init__(self, config: DRTConfig) -> None:
         super().__init__(config)
         self.model = DRTModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size)
         self.post_init()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Take another head; a plain linear layer, as resizing makes it, lends its weight."""
+        if type(new_embeddings) is nn.Linear and new_embeddings.bias is None:
+            new_embeddings = LanguageModelHead.of(new_embeddings)
+        self.lm_head = new_embeddings
 
     def new_state(self, batch_size: int = 1, *, memory: ChunkMemory | None = None) -> DRTState:
         """An empty decoding state.
@@ -321,6 +330,7 @@ class DRTForCausalLM(DRTPreTrainedModel, DRTGeneration, GenerationMixin):
         chunk_ends: Tensor | None = None,
         document_ids: Tensor | None = None,
         output_retrievals: bool = False,
+        output_token_losses: bool = False,
         generator: torch.Generator | None = None,
         **kwargs: Any,
     ) -> DRTCausalLMOutput:
@@ -332,7 +342,7 @@ class DRTForCausalLM(DRTPreTrainedModel, DRTGeneration, GenerationMixin):
                 may be anywhere and is as if it were not there.
             past_key_values: the state that the tokens continue; extended in place.
             inputs_embeds: (B, T, E) in place of `input_ids`.
-            labels: (B, T) int64, the input ids or -100; shifted inside.
+            labels: (B, T) int64, the input ids or -100; shifted inside. Needs all logits.
             use_cache: whether to make a state when none is given; None = no.
             logits_to_keep: compute only the last n logits, or those at a (n,) index; 0 = all.
             chunk_ends: (B, T) bool; the open chunk closes after these tokens although it is not
@@ -340,17 +350,20 @@ class DRTForCausalLM(DRTPreTrainedModel, DRTGeneration, GenerationMixin):
             document_ids: (B, T) int64; where the id changes a document begins, which neither sees
                 nor retrieves what came before. None = the document goes on.
             output_retrievals: return what each group retrieved.
+            output_token_losses: return the loss of each token; needs `labels`.
             generator: source of the Gumbel noise in training, and of chunks closed early; None =
                 torch's default.
             **kwargs: `num_items_in_batch` for the loss.
 
         Returns:
-            `DRTCausalLMOutput` with logits (B, T, vocab_size); at padding they mean nothing.
+            `DRTCausalLMOutput` with logits (B, T, vocab_size); at padding they mean nothing. They
+            are None where there are labels, in training mode with `config.loss_chunk_size` set.
 
         Raises:
             ValueError: ids, masks or a state of a wrong shape, or an unknown argument.
         """
         extra = loss_kwargs(kwargs)
+        check_labels(labels, logits_to_keep, output_token_losses=output_token_losses)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         embeddings = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -364,21 +377,26 @@ class DRTForCausalLM(DRTPreTrainedModel, DRTGeneration, GenerationMixin):
         if self.training and state is None and self._closes_early:
             marks = self._close_some_early(marks, embeddings, generator)
         out = self.model(embeddings, state, marks=marks, generator=generator)
-        logits = self._logits(out, logits_to_keep)
-        loss = None
-        if labels is not None:
-            vocab_size = self.config.vocab_size
-            loss = self.loss_function(logits, labels, vocab_size=vocab_size, **extra)
+        hidden = self._predictions(out, logits_to_keep)
+        if labels is None:
+            loss, losses, logits = None, None, self.lm_head(hidden)
+        else:
+            targets = next_tokens(labels).to(hidden.device)
+            chunk_size = self.config.loss_chunk_size if self.training else None
+            losses, logits = losses_of_head(self.lm_head, hidden, targets, chunk_size=chunk_size)
+            loss = mean_loss(losses, targets, **extra)
         return DRTCausalLMOutput(
             loss=loss,
             logits=logits,
             past_key_values=state,
             retrievals=out.retrievals if output_retrievals else None,
+            token_losses=losses[:, :-1] if output_token_losses and losses is not None else None,
         )
 
-    def _logits(self, out: DRTModelOutput, keep: int | Tensor) -> Tensor:
+    def _predictions(self, out: DRTModelOutput, keep: int | Tensor) -> Tensor:
+        """What the head reads: (B, T or n, E)."""
         kept = slice(-keep if keep else None, None) if isinstance(keep, int) else keep
-        return self.lm_head(self.model.norm(out.layout.take_predictions(out.hidden, kept)))
+        return self.model.norm(out.layout.take_predictions(out.hidden, kept))
 
     @property
     def _closes_early(self) -> bool:

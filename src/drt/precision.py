@@ -26,3 +26,8 @@ def uses_bfloat16(precision: Precision) -> bool:
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager:
     """The context in which to run a model."""
     return torch.autocast(device.type, torch.bfloat16, enabled=uses_bfloat16(precision))
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """The context of a function with a precision policy of its own, in forward and backward."""
+    return torch.autocast(device_type, enabled=False)

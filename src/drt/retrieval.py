@@ -1,14 +1,32 @@
 """Causal retrieval: landmark scores, Gumbel top-k, and the weights that carry the gradient.
 
-Source: arXiv 2410.01651, section 3; the equations are in docs/method.md.
+Source: arXiv 2410.01651, section 3; the equations are in docs/method.md. C landmarks have C x C
+scores. They are computed a tile at a time, forward and again in backward, so that no more than
+`SCORE_BYTES` of them are ever held. A row of up to 2,048 chunks is one tile.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from drt.precision import without_autocast
+
+SCORE_BYTES = 1 << 24
+"""Bytes of a tile of float32 scores, of all rows of a batch together.
+
+Working memory is a few times that. Small enough for the caches of a CPU, where it was chosen; it
+was never run on a GPU."""
+
+ALIGNMENT = 256
+"""Tiles begin and end at multiples of this many landmarks, or at the last one."""
 
 
 class Retrieval(NamedTuple):
@@ -41,7 +59,7 @@ class RetrievedChunks(NamedTuple):
 
 def gumbel_noise(like: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
     """Standard Gumbel noise of the shape, dtype and device of `like`."""
-    return -torch.empty_like(like).exponential_(generator=generator).log()
+    return torch.empty_like(like).exponential_(generator=generator).log_().neg_()
 
 
 def retrieval_weights(scores: Tensor, indices: Tensor) -> Retrieval:
@@ -61,38 +79,171 @@ def retrieval_weights(scores: Tensor, indices: Tensor) -> Retrieval:
     return Retrieval(indices, finite.softmax(-1).masked_fill(none, 0.0), masked)
 
 
-def select_chunks(
-    scores: Tensor,
+def retrieve_chunks(
+    queries: Tensor,
+    landmarks: Tensor,
     limits: Tensor,
     *,
     topk: int,
     firsts: Tensor | None = None,
     noise: float = 0.0,
     generator: torch.Generator | None = None,
+    score_bytes: int = SCORE_BYTES,
 ) -> Retrieval:
-    """Choose the top-k candidates of each landmark among all chunks.
+    """Choose the top-k candidates of each query; gradients flow through the scores of the chosen.
 
     Args:
-        scores: (B, n, M) float scores of M chunks for n landmarks.
-        limits: (B, n) int64; a landmark may retrieve chunks below its limit.
+        queries: (B, n, L) of any floating dtype; scores are float32, or float64 for float64.
+        landmarks: (B, M, L).
+        limits: (B, n) int64 on the CPU; a query may retrieve chunks below its limit.
         topk: chunks to retrieve K.
-        firsts: (B, n) int64, the first chunk that it may retrieve; None = 0.
+        firsts: (B, n) int64 on the CPU, the first chunk that it may retrieve; None = 0.
         noise: scale of the Gumbel noise; it moves the choice and never the weights.
         generator: source of the noise; None = torch's default generator.
+        score_bytes: bytes of a tile of float32 scores.
+
+    Returns:
+        The `Retrieval`, best first by score plus noise.
     """
-    num_chunks = scores.shape[-1]
-    number = torch.arange(num_chunks, device=scores.device)
-    candidate = number < limits.to(scores.device)[..., None]
-    if firsts is not None:
-        candidate &= number >= firsts.to(scores.device)[..., None]
-    keys = scores.detach()
-    if noise > 0:
-        keys = keys + noise * gumbel_noise(keys, generator=generator)
-    keys = keys.masked_fill(~candidate, float("-inf"))
-    best, indices = keys.topk(min(topk, num_chunks), dim=-1)
-    chosen = scores.gather(-1, indices)
-    indices = indices.masked_fill(best == float("-inf"), -1)
-    missing = (0, topk - indices.shape[-1])
-    chosen = torch.nn.functional.pad(chosen, missing)
-    indices = torch.nn.functional.pad(indices, missing, value=-1)
-    return retrieval_weights(chosen, indices)
+    firsts = torch.zeros_like(limits) if firsts is None else firsts
+    search = _Search(limits, firsts, topk, noise, generator, score_bytes)
+    scores, indices = _ChosenScores.apply(queries, landmarks, search)
+    return retrieval_weights(scores, indices)
+
+
+class _Tile(NamedTuple):
+    """Some queries and some landmarks."""
+
+    queries: slice
+    landmarks: slice
+    all_candidates: bool
+    """Whether each of the queries may retrieve each of the landmarks."""
+
+
+class _Found(NamedTuple):
+    """The best candidates of n queries, (B, n, up to K) each, best first."""
+
+    keys: Tensor
+    """What they were chosen by: scores with noise, -inf at what is no candidate."""
+    scores: Tensor
+    indices: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Search:
+    """All of a search but its vectors."""
+
+    limits: Tensor
+    firsts: Tensor
+    topk: int
+    noise: float
+    generator: torch.Generator | None
+    score_bytes: int
+
+    def blocks(self, num_landmarks: int) -> Iterator[list[_Tile]]:
+        """For one block of queries after the other, tiles that hold all of its candidates."""
+        batch, count = self.limits.shape
+        # As many queries as go with all landmarks, or a square.
+        cells = max(self.score_bytes // (4 * max(batch, 1)), 1)
+        height = max(cells // max(num_landmarks, 1), math.isqrt(cells))
+        for begin in range(0, count, height):
+            rows = slice(begin, min(begin + height, count))
+            width = cells // (rows.stop - rows.start)
+            yield list(self._tiles(rows, width, num_landmarks))
+
+    def _tiles(self, rows: slice, width: int, num_landmarks: int) -> Iterator[_Tile]:
+        # On the CPU, so that nothing waits for the device.
+        limits, firsts = self.limits[:, rows], self.firsts[:, rows]
+        if limits.numel() == 0:
+            return
+        width = width // ALIGNMENT * ALIGNMENT or width
+        low = max(int(firsts.min()), 0) // ALIGNMENT * ALIGNMENT
+        high = min(-(-int(limits.max()) // ALIGNMENT) * ALIGNMENT, num_landmarks)
+        for start in range(low, high, width):
+            stop = min(start + width, high)
+            everything = int(firsts.max()) <= start and stop <= int(limits.min())
+            yield _Tile(rows, slice(start, stop), everything)
+
+
+class _ChosenScores(torch.autograd.Function):
+    """(B, n, L) queries and (B, M, L) landmarks to (B, n, K) noise-free scores and chunk numbers.
+
+    Backward makes the sparse gradient of a tile dense: two products that add in one fixed order,
+    where adding row by row would need atomics.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, queries: Tensor, landmarks: Tensor, search: _Search
+    ) -> tuple[Tensor, Tensor]:
+        device, shape = queries.device, (*queries.shape[:2], search.topk)
+        scores = torch.zeros(shape, dtype=_score_dtype(queries), device=device)
+        indices = torch.full(shape, -1, dtype=torch.int64, device=device)
+        bounds = search.firsts.to(device)[..., None], search.limits.to(device)[..., None]
+        vectors = queries.to(scores.dtype), landmarks.to(scores.dtype)
+        with without_autocast(device.type):
+            for tiles in search.blocks(landmarks.shape[1]):
+                if tiles:
+                    parts = [_search_tile(*vectors, *bounds, tile, search) for tile in tiles]
+                    found = _best(parts, search.topk)
+                    place = (slice(None), tiles[0].queries, slice(found.keys.shape[-1]))
+                    scores[place] = found.scores
+                    indices[place] = found.indices.masked_fill(found.keys == -math.inf, -1)
+        ctx.save_for_backward(queries, landmarks, indices)
+        ctx.search = search
+        ctx.mark_non_differentiable(indices)
+        return scores, indices
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _none: Tensor) -> tuple[Tensor, Tensor, None]:
+        queries, landmarks, indices = ctx.saved_tensors
+        vectors = queries.to(grad.dtype), landmarks.to(grad.dtype)
+        grads = [torch.zeros_like(x) for x in vectors]
+        grad = grad / math.sqrt(queries.shape[-1])
+        with without_autocast(queries.device.type):
+            for tile in chain.from_iterable(ctx.search.blocks(landmarks.shape[1])):
+                slopes = _dense(grad, indices, tile)
+                grads[0][:, tile.queries] += slopes @ vectors[1][:, tile.landmarks]
+                grads[1][:, tile.landmarks] += (vectors[0][:, tile.queries].mT @ slopes).mT
+        return grads[0].to(queries.dtype), grads[1].to(landmarks.dtype), None
+
+
+def _search_tile(
+    queries: Tensor, landmarks: Tensor, firsts: Tensor, limits: Tensor, tile: _Tile, search: _Search
+) -> _Found:
+    """The best of one tile; `firsts` and `limits` are (B, n, 1) on the device."""
+    start, stop = tile.landmarks.start, tile.landmarks.stop
+    scores = queries[:, tile.queries] @ landmarks[:, tile.landmarks].mT
+    scores /= math.sqrt(queries.shape[-1])
+    keys = scores
+    if search.noise > 0:
+        keys = gumbel_noise(scores, generator=search.generator).mul_(search.noise).add_(scores)
+    if not tile.all_candidates:
+        number = torch.arange(start, stop, device=scores.device)
+        closed = (number < firsts[:, tile.queries]) | (number >= limits[:, tile.queries])
+        keys = keys.masked_fill(closed, float("-inf"))
+    best, index = keys.topk(min(search.topk, stop - start), dim=-1)
+    return _Found(best, scores.gather(-1, index), index + start)
+
+
+def _best(parts: list[_Found], topk: int) -> _Found:
+    """The best of the tiles of a block."""
+    if len(parts) == 1:
+        return parts[0]
+    keys, scores, indices = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
+    keys, order = keys.topk(min(topk, keys.shape[-1]), dim=-1)
+    return _Found(keys, scores.gather(-1, order), indices.gather(-1, order))
+
+
+def _dense(grad: Tensor, indices: Tensor, tile: _Tile) -> Tensor:
+    """The gradient of a tile's scores, zero but at the chosen, from that of the chosen."""
+    start, stop = tile.landmarks.start, tile.landmarks.stop
+    local, part = indices[:, tile.queries] - start, grad[:, tile.queries]
+    outside = (local < 0) | (local >= stop - start)
+    slopes = part.new_zeros(*part.shape[:2], stop - start)
+    return slopes.scatter_add_(-1, local.masked_fill(outside, 0), part.masked_fill(outside, 0.0))
+
+
+def _score_dtype(like: Tensor) -> torch.dtype:
+    return torch.float64 if like.dtype == torch.float64 else torch.float32

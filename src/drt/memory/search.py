@@ -20,8 +20,8 @@ TILE_BYTES = {"cpu": {4: 1 << 22, 2: 1 << 24}, "cuda": {4: 1 << 26, 2: 1 << 26}}
 
 Measured by benchmarks/search.py on a CPU; a GPU wants few large tiles, this size was never run."""
 
-LARGEST_TILE = 1 << 16
-"""Landmarks in a tile."""
+LARGEST_TILE = {"cpu": 1 << 16, "cuda": 1 << 24}
+"""Landmarks in a tile, by device. On a GPU a tile costs a dozen launches, however small it is."""
 
 BLOCK = 32
 """Scores of which the maximum is taken first."""
@@ -90,11 +90,14 @@ def _search_block(
     size = min(tile or tile_size(queries), high - low)
     buffer = queries.new_empty(count, size)
     all_open = range(int(bounds.firsts.max()), int(bounds.limits.min()) + 1)
+    columns: list[Tensor] = []
     for part in _tiles(segments, low, high, size):
         # Maxima of bfloat16 take a CPU longer than to widen the scores and take them then.
         scores = _scores(queries, part, buffer).float()
         if part.start not in all_open or part.stop not in all_open:
-            _close(scores, part.start, bounds)
+            # To the device once, and only if some tile needs them there.
+            columns = columns or [x.to(scores.device)[:, None] for x in bounds]
+            _close(scores, part.start, *columns)
         _merge(best, scores, part.start)
     best.indices.masked_fill_(best.scores == float("-inf"), -1)
     return best
@@ -104,7 +107,7 @@ def tile_size(queries: Tensor) -> int:
     """Landmarks in a tile for (n, L) queries."""
     kind = "cpu" if queries.device.type == "cpu" else "cuda"
     wanted = TILE_BYTES[kind][queries.itemsize] // (queries.itemsize * queries.shape[0])
-    return min(LARGEST_TILE, wanted)
+    return min(LARGEST_TILE[kind], wanted)
 
 
 def _tiles(segments: Sequence[Tensor], low: int, high: int, size: int) -> Iterator[_Tile]:
@@ -137,10 +140,9 @@ def _scores(queries: Tensor, part: _Tile, buffer: Tensor) -> Tensor:
     return scores
 
 
-def _close(scores: Tensor, start: int, bounds: Bounds) -> None:
-    """Make what a query may not find -inf."""
+def _close(scores: Tensor, start: int, firsts: Tensor, limits: Tensor) -> None:
+    """Make what a query may not find -inf; bounds are (n, 1) on the device of the scores."""
     numbers = torch.arange(start, start + scores.shape[1], device=scores.device)
-    firsts, limits = (x.to(scores.device)[:, None] for x in bounds)
     scores.masked_fill_((numbers < firsts) | (numbers >= limits), float("-inf"))
 
 
@@ -206,17 +208,19 @@ def rescored(segments: Sequence[Tensor], queries: Tensor, found: Best, *, topk: 
 def _rescored_block(
     segments: Sequence[Tensor], queries: Tensor, indices: Tensor, topk: int
 ) -> Best:
-    wanted, inverse = indices.clamp(min=0).unique(return_inverse=True)
-    scores = (queries @ _rows(segments, wanted).float().t()).gather(1, inverse)
+    # On the CPU, where segments are found: one wait for the device, here.
+    wanted, inverse = indices.cpu().clamp(min=0).unique(return_inverse=True)
+    scores = queries @ _rows(segments, wanted).float().t()
+    scores = scores.gather(1, inverse.to(scores.device))
     best, order = scores.masked_fill(indices < 0, float("-inf")).topk(topk, dim=1)
     return Best(best, indices.gather(1, order))
 
 
 def _rows(segments: Sequence[Tensor], wanted: Tensor) -> Tensor:
-    """(m, L) landmarks at ascending positions."""
+    """(m, L) landmarks at (m,) ascending positions, which are on the CPU."""
     ends = torch.tensor([0] + [segment.shape[0] for segment in segments]).cumsum(0)
-    borders = torch.searchsorted(wanted, ends.to(wanted.device)).tolist()
-    starts = ends.tolist()
+    borders, starts = torch.searchsorted(wanted, ends).tolist(), ends.tolist()
+    wanted = wanted.to(segments[0].device)
     parts = [
         segment[wanted[low:high] - start]
         for segment, start, low, high in zip(

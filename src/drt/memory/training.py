@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from drt.memory.interface import Chunks
-from drt.retrieval import Retrieval, select_chunks
+from drt.retrieval import Retrieval, retrieve_chunks
 
 
 class TrainingMemory:
     """Holds the chunks of whole rows, written once, and lets gradients through.
 
-    Scores are materialized, (B, C, C) numbers: right for rows of training length.
+    Scores are computed a tile at a time, see `drt.retrieval`.
     """
 
     def __init__(self, *, noise: float = 0.0, generator: torch.Generator | None = None) -> None:
@@ -53,10 +52,9 @@ class TrainingMemory:
     ) -> Retrieval:
         """As `ChunkMemory.search`, with noise on the choice and gradients through the scores."""
         assert self._landmarks is not None
-        landmarks = self._landmarks.float()
-        scores = queries.float() @ landmarks.transpose(1, 2) / math.sqrt(landmarks.shape[-1])
-        return select_chunks(
-            scores,
+        return retrieve_chunks(
+            queries,
+            self._landmarks,
             limits,
             topk=topk,
             firsts=firsts,

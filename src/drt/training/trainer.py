@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import Sampler, SequentialSampler
 from tqdm import tqdm
 from transformers.trainer import Trainer
@@ -33,19 +32,15 @@ class NeedleLosses(NamedTuple):
     """Of all other tokens."""
 
 
-def needle_losses(logits: Tensor, batch: dict[str, Tensor]) -> NeedleLosses:
+def needle_losses(losses: Tensor, answer_mask: Tensor) -> NeedleLosses:
     """The losses of a needle batch.
 
     Args:
-        logits: (B, T, vocab_size).
-        batch: `labels` (B, T) int64 and `answer_mask` (B, T) bool, as `drt.data.batch` makes them.
+        losses: (B, T - 1), of predicting the tokens 1 .. T - 1.
+        answer_mask: (B, T) bool, as `drt.data.batch` makes it.
     """
-    targets, is_answer = batch["labels"][:, 1:], batch["answer_mask"][:, 1:]
-    losses = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="none"
-    )
-    answer = is_answer.flatten()
-    first = (is_answer & ~batch["answer_mask"][:, :-1]).flatten()
+    answer = answer_mask[:, 1:]
+    first = answer & ~answer_mask[:, :-1]
     return NeedleLosses(losses[answer].mean(), losses[first].mean(), losses[~answer].mean())
 
 
@@ -80,8 +75,9 @@ class NeedleTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The weighted losses; the curriculum hears of that of the answers."""
-        outputs = model(input_ids=inputs["input_ids"], chunk_ends=inputs["chunk_ends"])
-        losses = needle_losses(outputs.logits, inputs)
+        given = {key: inputs[key] for key in ("input_ids", "chunk_ends", "labels")}
+        outputs = model(**given, output_token_losses=True)
+        losses = needle_losses(outputs.token_losses, inputs["answer_mask"])
         self.curriculum.observe(int(inputs["step"]), float(losses.answer.detach()))
         for name, value in zip(self._sums, losses, strict=True):
             self._sums[name] += float(value.detach())

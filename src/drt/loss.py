@@ -1,0 +1,189 @@
+"""Next-token losses over a large vocabulary, from the logits of a few tokens at a time.
+
+Logits of 65,536 tokens over 50,257 entries are 13 GB in float32. Here a chunk of tokens at a time
+goes through the head, forward and again in backward, which keeps nothing but its inputs. The
+gradient of the head is summed over the chunks in float32 and rounded once: sums in bfloat16, as
+those of autograd over checkpointed chunks are, lose what the later chunks add. PyTorch's
+`linear_cross_entropy` came after the oldest version that DRT supports, and returns losses of
+bfloat16 inputs in bfloat16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from drt.precision import without_autocast
+
+IGNORED = -100
+"""The label of a token that nobody is asked to predict."""
+
+
+def next_tokens(labels: Tensor) -> Tensor:
+    """What each column predicts: (B, T) labels moved one to the left, the last `IGNORED`."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def losses_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    """The cross-entropy of each token, in nats.
+
+    Args:
+        logits: (..., V) of any floating dtype; the softmax is float32, or float64 for float64.
+        targets: (...) int64, below V or `IGNORED`.
+
+    Returns:
+        (...) losses in the dtype of the softmax, 0 where the target is ignored.
+    """
+    scores = logits.flatten(0, -2).log_softmax(-1, dtype=_sum_dtype(logits))
+    losses = F.nll_loss(scores, targets.flatten(), reduction="none", ignore_index=IGNORED)
+    return losses.view(targets.shape)
+
+
+def mean_loss(
+    losses: Tensor, targets: Tensor, *, num_items_in_batch: Tensor | int | None = None
+) -> Tensor:
+    """The mean over the tokens to predict, or over `num_items_in_batch` if that is given.
+
+    Args:
+        losses: (B, T) losses, 0 where the target is ignored.
+        targets: (B, T) int64.
+        num_items_in_batch: tokens to predict in all micro-batches of a step.
+    """
+    if num_items_in_batch is None:
+        return losses.sum() / (targets != IGNORED).sum()
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(losses.device)
+    return losses.sum() / num_items_in_batch
+
+
+def losses_of_head(
+    head: nn.Module, hidden: Tensor, targets: Tensor, *, chunk_size: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """The loss of each token, and the logits unless they are never held all at once.
+
+    Args:
+        head: maps hidden states to logits; with a chunk size, a `LanguageModelHead`.
+        hidden: (B, T, E).
+        targets: (B, T) int64.
+        chunk_size: tokens whose logits are held at once; None = all.
+
+    Returns:
+        (B, T) losses as `losses_of_logits`, and (B, T, V) logits or None.
+
+    Raises:
+        ValueError: a chunk size with another head, whose forward knows no targets.
+    """
+    if chunk_size is None:
+        logits = head(hidden)
+        return losses_of_logits(logits, targets), logits
+    if not isinstance(head, LanguageModelHead):
+        raise ValueError(
+            f"loss_chunk_size = {chunk_size} needs the model's own head, lm_head is a "
+            f"{type(head).__name__}; set config.loss_chunk_size = None"
+        )
+    return head(hidden, targets, chunk_size), None
+
+
+class LanguageModelHead(nn.Linear):
+    """The output head: hidden states to logits or, a chunk of tokens at a time, to losses.
+
+    The losses are computed inside the module, because what shards parameters (FSDP) gathers them
+    around the forward of their module.
+    """
+
+    def __init__(self, hidden_size: int, vocab_size: int, **kwargs: Any) -> None:
+        super().__init__(hidden_size, vocab_size, bias=False, **kwargs)
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> LanguageModelHead:
+        """A head that shares the weight of a linear layer."""
+        head = cls(linear.in_features, linear.out_features, device="meta")
+        head.weight = linear.weight
+        return head
+
+    def forward(
+        self, input: Tensor, targets: Tensor | None = None, chunk_size: int | None = None
+    ) -> Tensor:
+        """Logits, or losses where there are targets.
+
+        Args:
+            input: (..., E) hidden states.
+            targets: (...) int64 token to predict from each, or `IGNORED`; None = logits.
+            chunk_size: tokens whose logits are held at once; given with `targets`.
+
+        Returns:
+            (..., V) logits, or (...) losses as `losses_of_logits`.
+        """
+        if targets is None:
+            return super().forward(input)
+        assert chunk_size is not None
+        dtype = _product_dtype(self.weight)
+        return _ChunkedLosses.apply(input, self.weight, targets, chunk_size, dtype)
+
+
+class _ChunkedLosses(torch.autograd.Function):
+    """(..., E) hidden states, (V, E) head and (...) targets to (...) losses."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, size: int, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.size, ctx.dtype = size, dtype
+        losses = hidden.new_empty(targets.shape, dtype=_sum_dtype(weight))
+        parts = (hidden.flatten(0, -2), targets.flatten(), losses.view(-1))
+        head = weight.to(dtype)
+        with without_autocast(hidden.device.type):
+            for part, wanted, out in zip(*(x.split(size) for x in parts), strict=True):
+                out.copy_(losses_of_logits(part.to(dtype) @ head.t(), wanted))
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets = ctx.saved_tensors
+        # A mean over no token has an infinite gradient, and ignored tokens have none.
+        grad = grad.masked_fill(targets == IGNORED, 0.0)
+        head = weight.to(ctx.dtype)
+        grad_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight, dtype=_sum_dtype(weight))
+        parts = (hidden.flatten(0, -2), targets.flatten(), grad.flatten())
+        outs = grad_hidden.view(-1, hidden.shape[-1])
+        with without_autocast(hidden.device.type):
+            for part, wanted, scale, out in zip(
+                *(x.split(ctx.size) for x in (*parts, outs)), strict=True
+            ):
+                part = part.to(ctx.dtype)
+                slopes = _slopes(part @ head.t(), wanted, scale).to(ctx.dtype)
+                out.copy_(slopes @ head)
+                if grad_weight is not None:
+                    grad_weight += slopes.t() @ part
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None, None
+
+
+def _slopes(logits: Tensor, targets: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of the logits: (softmax - one-hot) * grad."""
+    slopes = logits.softmax(-1, dtype=_sum_dtype(logits))
+    index = targets.clamp(min=0)[:, None]
+    slopes.scatter_(1, index, slopes.gather(1, index) - 1)
+    return slopes.mul_(grad[:, None])
+
+
+def _sum_dtype(like: Tensor) -> torch.dtype:
+    return torch.float64 if like.dtype == torch.float64 else torch.float32
+
+
+def _product_dtype(weight: Tensor) -> torch.dtype:
+    """What a linear layer of this weight multiplies in."""
+    kind = weight.device.type
+    if weight.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return weight.dtype
