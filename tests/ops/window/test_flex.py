@@ -200,8 +200,7 @@ def test_autocast_leaves_float32_in_float32() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for the CPU needs g++")
-@pytest.mark.parametrize("kind", ["none", "any"])
-@with_alibi
+@pytest.mark.parametrize(("kind", "alibi"), [("none", False), ("any", True)])
 def test_one_compilation_serves_all_lengths(
     monkeypatch: pytest.MonkeyPatch, kind: str, alibi: bool
 ) -> None:
@@ -217,5 +216,5 @@ def test_one_compilation_serves_all_lengths(
         expected = sliding_window_attention(*tensors, backend="reference", **options)
         # float32 sums of at most 64 terms of order 1 in another order
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-    # the first shapes, other shapes without cached keys, and with
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+    # one for the first sizes, one for all others
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2

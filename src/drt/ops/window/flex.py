@@ -73,16 +73,17 @@ def flex_window_attention(
     if query.device.type == "cpu":
         # FlexAttention refuses leaves that require a gradient on CPU even where none is asked for.
         query, key, value = (x.detach() for x in (query, key, value))
-    num_queries, num_keys = query.shape[1], key.shape[1]
-    block_mask = _block_mask(query, num_keys, window, first_keys)
-    slopes = None if alibi_slopes is None else alibi_slopes.to(compute_dtype(query))
+    score_mod = None
+    if alibi_slopes is not None:
+        num_cached = cached_keys(query.shape[1], key.shape[1], query.device)
+        score_mod = alibi_score(alibi_slopes.to(compute_dtype(query)), num_cached)
     with _without_autocast(query.device.type):
         out = _flex_attention(query.device.type)(
             query.transpose(1, 2),
             key.transpose(1, 2),
             value.transpose(1, 2),
-            score_mod=None if slopes is None else alibi_score(slopes, num_keys - num_queries),
-            block_mask=block_mask,
+            score_mod=score_mod,
+            block_mask=_block_mask(query, key.shape[1], window, first_keys),
             scale=scale,
             enable_gqa=query.shape[2] != key.shape[2],
         )
@@ -112,7 +113,16 @@ def _compiled() -> Callable[..., Any]:
     return torch.compile(flex_attention, fullgraph=True)
 
 
-def alibi_score(slopes: Tensor, num_cached: int) -> Callable[..., Tensor]:
+def cached_keys(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+    """() int64, N - T: how many keys stand before that of the first query.
+
+    As a tensor it is the same to a compiled kernel whatever its value. As a number it would be a
+    constant of the kernel, or a symbol, which the compiler for CPUs puts in wrongly.
+    """
+    return torch.full((), num_keys - num_queries, dtype=torch.int64, device=device)
+
+
+def alibi_score(slopes: Tensor, num_cached: Tensor) -> Callable[..., Tensor]:
     """The score modification of ALiBi: `slopes[h]` less for each position of distance."""
 
     def modify(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -121,7 +131,9 @@ def alibi_score(slopes: Tensor, num_cached: int) -> Callable[..., Tensor]:
     return modify
 
 
-def window_mask(num_cached: int, window: int, first_keys: Tensor | None) -> Callable[..., Tensor]:
+def window_mask(
+    num_cached: Tensor, window: int, first_keys: Tensor | None
+) -> Callable[..., Tensor]:
     """Whether query t, which is key t + `num_cached`, sees a key; see `Call.first_keys`."""
 
     def within(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -189,13 +201,12 @@ def window_block_mask(
     whole = (start + _BLOCK - 1 <= own_min) & (start >= lowest_max)
     # A block that the end of the queries cuts off gets a mask; none of whole keys is cut off.
     whole[:, num_queries // _BLOCK :] = False
-    partial = _listed(reached & ~whole)
-    mask_mod = window_mask(num_keys - num_queries, window, first_keys)
+    num_cached = cached_keys(num_queries, num_keys, device)
     return BlockMask.from_kv_blocks(
-        *partial,
+        *_listed(reached & ~whole),
         *_listed(whole),
         BLOCK_SIZE=_BLOCK,
-        mask_mod=mask_mod,
+        mask_mod=window_mask(num_cached, window, first_keys),
         seq_lengths=(num_queries, num_keys),
     )
 
