@@ -1,12 +1,15 @@
 """`torch.compile(fullgraph=True)`: the operator and a whole layer are one graph each."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from drt.chunking import ChunkRules, Cursor, Marks, plan_segment
 from drt.layers import DRTDecoderLayer, rotary_factors
-from drt.ops.window import sliding_window_attention
+from drt.ops.window import flex, sliding_window_attention, varlen
 from drt.testing import tiny_config
 
 
@@ -69,6 +72,47 @@ def test_flex_forward(kind: str, alibi: bool) -> None:
     expected = attend(first_keys(kind), "reference")
     # both are float64: sums of some ten terms of order 1 in another order
     torch.testing.assert_close(compiled(first_keys(kind), "flex"), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_varlen_forward_is_one_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA tensors without numbers, which need no GPU."""
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    def attend(*tensors: Tensor) -> Tensor:
+        return sliding_window_attention(*tensors, window=16)
+
+    with FakeTensorMode(), torch.no_grad():
+        tensors = [
+            torch.empty(2, length, heads, 8, device="cuda", dtype=torch.bfloat16)
+            for length, heads in ((100, 4), (110, 2), (110, 2))
+        ]
+        out = torch.compile(attend, backend=keep, fullgraph=True)(*tensors)
+    assert out.shape == tensors[0].shape
+    (graph,) = graphs
+    assert sum("_varlen_attn" in str(node.target) for node in graph.graph.nodes) == 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_is_asked_of_the_installation_is_a_constant_of_a_graph(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
+    answers = (varlen._takes_groups(), varlen._runs_on(0), flex._has_triton())
+
+    def ask(x: Tensor) -> tuple[Tensor, ...]:
+        found = (varlen._takes_groups(), varlen._runs_on(0), flex._has_triton())
+        return tuple(x + 1 if answer else x for answer in found)
+
+    compiled = torch.compile(ask, backend="eager", fullgraph=True)
+    expected = [float(answer) for answer in answers]
+    assert [x.item() for x in compiled(torch.zeros(()))] == expected
 
 
 @pytest.mark.parametrize("position_embedding", ["rope", "alibi"])

@@ -5,6 +5,7 @@ their ends, as we do, and counts in its window the keys to the left of a query w
 own.
 """
 
+from collections.abc import Collection
 from functools import cache
 from inspect import signature
 from typing import Any, NamedTuple
@@ -69,7 +70,6 @@ def varlen_unavailable(call: Call) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-@cache
 def _runs_on(device_index: int | None) -> bool:
     built = torch.backends.cuda.is_flash_attention_available()
     return built and torch.cuda.get_device_capability(device_index) >= _CAPABILITY
@@ -98,12 +98,17 @@ def varlen_window_attention(
 
 
 @torch.compiler.assume_constant_result
-@cache
 def _takes_groups() -> bool:
     """Whether this PyTorch lets query heads share a key head; 2.11 does not, 2.12 does."""
+    return "enable_gqa" in _parameters()
+
+
+# Beneath and not upon what `torch.compile` takes for a constant: it would look through the cache.
+@cache
+def _parameters() -> Collection[str]:
     from torch.nn.attention.varlen import varlen_attn
 
-    return "enable_gqa" in signature(varlen_attn).parameters
+    return signature(varlen_attn).parameters
 
 
 def pack(query: Tensor, key: Tensor, value: Tensor, *, window: int, expand_heads: bool) -> Packed:
