@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from drt.chunking import Cursor, SegmentLayout
 from drt.configuration import DRTConfig
 from drt.memory import ChunkMemory, DeviceMemory
 from drt.retrieval import RetrievedChunks
+
+if TYPE_CHECKING:
+    from drt.decoding_graph import DecodingGraph
 
 # Ids by which a text that was read is recognized.
 _NUM_RECENT = 64
@@ -140,15 +143,48 @@ class DRTState(Cache):
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.cursors = [Cursor()] * batch_size
         """Where each row stands."""
-        self.windows = [WindowCache() for _ in range(config.num_hidden_layers)]
-        self.opened: Tensor | None = None
-        """(B, n, E) lower-layer outputs of the open chunks; rows with fewer stand at the right."""
+        self._windows = [WindowCache() for _ in range(config.num_hidden_layers)]
+        self._opened: Tensor | None = None
         self.current: list[CurrentRetrieval | None] = [None] * len(config.retrieval_groups)
         """Per group, the chunks that the open block attends to."""
         self.memory: ChunkMemory = DeviceMemory() if memory is None else memory
         self.num_columns = 0
         """Columns of ids read, padding among them."""
         self._recent_ids: list[Tensor] = []
+        self.decoding_graph: DecodingGraph | None = None
+        """What takes the plain steps of decoding for this state; None = the ordinary forward."""
+
+    # A decoding graph has windows and open chunks in buffers of its own: whoever asks gets them.
+
+    @property
+    def windows(self) -> list[WindowCache]:
+        """Per layer, keys and values of the last positions."""
+        if self.decoding_graph is not None:
+            self.decoding_graph.settle()
+        return self._windows
+
+    @property
+    def opened(self) -> Tensor | None:
+        """(B, n, E) lower-layer outputs of the open chunks; rows with fewer stand at the right."""
+        if self.decoding_graph is not None:
+            self.decoding_graph.settle()
+        return self._opened
+
+    @opened.setter
+    def opened(self, opened: Tensor | None) -> None:
+        self._opened = opened
+
+    def extend_opened(self, hidden: Tensor, layout: SegmentLayout) -> Tensor:
+        """Append (B, P, E) lower-layer outputs; return the closed chunks, (B, C, S + 1, E)."""
+        before = hidden[:, :0] if self.opened is None else self.opened
+        closed, opened = layout.split_chunks(hidden, before)
+        # A copy where it is a part of something larger.
+        self.opened = opened.detach().clone() if layout.num_closed else opened.detach()
+        return closed
+
+    def next_positions(self, layout: SegmentLayout) -> list[int] | Tensor:
+        """Position of each row's first one in the segment: B numbers, or (B,) on the device."""
+        return layout.first_positions
 
     @property
     def num_tokens(self) -> list[int]:
@@ -169,9 +205,11 @@ class DRTState(Cache):
 
     def fork(self) -> DRTState:
         """A state that goes on from here on its own; what the memory holds is shared."""
+        windows = [copy.copy(window) for window in self.windows]
         other = copy.copy(self)
+        other.decoding_graph = None
         other.cursors = list(self.cursors)
-        other.windows = [copy.copy(window) for window in self.windows]
+        other._windows = windows
         other.current = list(self.current)
         other._recent_ids = list(self._recent_ids)
         other.memory = self.memory.fork()
@@ -268,9 +306,9 @@ class DRTState(Cache):
         rows = beam_idx.tolist()
         if rows == list(range(self.batch_size)):
             return
-        self.cursors = [self.cursors[row] for row in rows]
         for window in self.windows:
             window.select_rows(beam_idx)
+        self.cursors = [self.cursors[row] for row in rows]
         if self.opened is not None:
             width = max(cursor.opened for cursor in self.cursors)
             self.opened = self.opened[beam_idx, self.opened.shape[1] - width :]
