@@ -1,18 +1,12 @@
 """Plain steps in fixed buffers against the ordinary forward, and what a GPU may capture of them."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from drt import DecodingGraph, DiskMemory, DRTForCausalLM, DRTState, HostMemory
+from drt import DecodingGraph, DRTForCausalLM, DRTState
 from drt.testing import tiny_config
 
 # float32 logits of order 1 after a few layers whose sums run in another order.
@@ -63,11 +57,16 @@ def read_unequal(model: DRTForCausalLM, lengths: list[int], seed: int) -> DRTSta
     return state
 
 
-@settings(max_examples=60, deadline=None)
+def stands(state: DRTState) -> list[Any]:
+    """Where rows stand, but for chunk starts that only a landmark still looks for."""
+    return [cursor._replace(recent_starts=()) for cursor in state.cursors]
+
+
+@settings(max_examples=30, deadline=None)
 @given(
     configs,
     st.lists(st.integers(0, 90), min_size=1, max_size=3),
-    st.integers(1, 45),
+    st.integers(1, 30),
     st.integers(0, 10**6),
 )
 @torch.no_grad()
@@ -91,7 +90,7 @@ def test_steps_are_those_of_the_ordinary_forward(
             got = model(token, attention_mask=mask, past_key_values=state).logits
             wanted = model(token, attention_mask=mask, past_key_values=ordinary).logits
             assert (got - wanted)[mask[:, 0]].abs().max() < TOLERANCE
-    assert state.cursors == ordinary.cursors
+    assert stands(state) == stands(ordinary)
     assert graph.taken == plain
     rest = torch.randint(0, 61, (rows, 40))
     got = model(rest, past_key_values=state).logits

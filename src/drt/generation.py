@@ -189,6 +189,8 @@ class _Run:
         if self.graph is True:
             self.graph = DecodingGraph(model, state.batch_size)
         if self.graph:
+            if self.graph.model is not model:
+                raise ValueError("the decoding_graph was made for another model")
             self.graph.attach(state)
             self._is_attached = True
 

@@ -36,8 +36,8 @@ class RetrievedChunks(NamedTuple):
     weights: Tensor
     """(B, num_blocks, K)."""
     in_order: bool = False
-    """Whether M = B * num_blocks * K and the slots hold the chunks 0, 1, 2, ... in turn; empty ones,
-    of index -1, some chunk with weight 0."""
+    """Whether the slots hold the chunks 0, 1, ... of M = B * num_blocks * K in turn; an empty one,
+    of index -1, then holds some chunk with weight 0."""
 
 
 def gumbel_noise(like: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
