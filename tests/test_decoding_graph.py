@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from drt import DecodingGraph, DiskMemory, DRTForCausalLM, DRTState, HostMemory
 from drt.testing import tiny_config
@@ -360,6 +361,73 @@ def test_nothing_in_a_step_makes_the_host_wait(position_embedding: str, lengths:
     with Refusing(model, 2).attached(state):
         one_by_one(model, state, torch.zeros(2, 2, dtype=torch.int64, device="meta"))
     assert len(taken) == 2
+
+
+class Tape(TorchDispatchMode):
+    """Notes operations and the tensors they had, to run them again: a CUDA graph for the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation and note it."""
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self) -> None:
+        """Run all again, results to where they were."""
+        for func, args, kwargs, out in self.calls:
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+class Taped(DecodingGraph):
+    """Replays its steps from a tape as on a GPU from a CUDA graph."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.tapes: dict[Any, tuple[Tape, torch.Tensor]] = {}
+        self.replays = 0
+
+    def _run(self) -> torch.Tensor:
+        variant = self._steps.variant
+        if variant in self.tapes:
+            self.replays += 1
+            self.tapes[variant][0].replay()
+        else:
+            with Tape() as tape:
+                self.tapes[variant] = tape, super()._run()
+        return self.tapes[variant][1].clone()
+
+
+@pytest.mark.parametrize("position_embedding", ["rope", "alibi"])
+@pytest.mark.parametrize("groups", [[1, 1], []])
+@torch.no_grad()
+def test_operations_of_one_step_are_those_of_every_step_of_its_kind(
+    position_embedding: str, groups: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As where it would make the host wait.
+    monkeypatch.setattr("drt.ops.window.plan.can_read", lambda tensor: False)
+    model = make({"position_embedding": position_embedding, "retrieval_groups": groups})
+    graph = Taped(model, 2)
+    for lengths, seed in (([20, 5], 1), ([64, 90], 2)):
+        state = read_unequal(model, lengths, seed)
+        ordinary = state.fork()
+        with graph.attached(state):
+            for number in range(60):
+                # The second row ends.
+                mask = torch.tensor([[True], [number < 40]])
+                token = torch.randint(0, 61, (2, 1))
+                got = model(token, attention_mask=mask, past_key_values=state).logits
+                wanted = model(token, attention_mask=mask, past_key_values=ordinary).logits
+                assert (got - wanted)[mask[:, 0]].abs().max() < TOLERANCE
+    # At most: short rows or not, and nothing, full chunks or short chunks retrieved.
+    assert len(graph.tapes) <= 6
+    assert graph.replays > 90
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

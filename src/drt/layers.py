@@ -43,7 +43,7 @@ def rotary_factors(
     if isinstance(first, int):
         position = torch.arange(first, first + count, dtype=torch.float64, device=device)
     else:
-        start = torch.as_tensor(first, dtype=torch.float64, device=device)[:, None]
+        start = torch.as_tensor(first, dtype=torch.float64).to(device, non_blocking=True)[:, None]
         position = start + torch.arange(count, dtype=torch.float64, device=device)
     frequency = _frequencies(config.rope_theta, config.head_dim, device)
     angle = position[..., None, None] * frequency

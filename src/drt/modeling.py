@@ -202,7 +202,7 @@ class DRTModel(DRTPreTrainedModel):
             memory, closed = state.memory, state.extend_opened(hidden, layout)
         if layout.num_closed:
             lengths = layout.chunk_lengths
-            on_device = None if lengths is None else lengths.to(hidden.device)
+            on_device = None if lengths is None else lengths.to(hidden.device, non_blocking=True)
             chunks = self.chunk_encoder(closed, on_device)
             memory.append(chunks.landmarks, chunks.keys, chunks.values, lengths)
         return memory

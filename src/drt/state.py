@@ -75,16 +75,16 @@ class WindowCache:
             last = joined[:, :, joined.shape[2] - kept :]
             # A slice of little more than itself costs less than a copy, one of a segment more.
             return joined, last if joined.shape[2] <= 2 * kept else last.clone()
-        ends = torch.tensor(layout.counts, device=new.device) + joined.shape[2] - new.shape[2]
+        ends = _sent(layout.counts, new.device) + joined.shape[2] - new.shape[2]
         place = (ends[:, None] + torch.arange(-kept, 0, device=new.device)).clamp_min(0)
         index = place[:, None, :, None].expand(-1, joined.shape[1], -1, joined.shape[3])
         return joined, joined.gather(2, index)
 
-    def select_rows(self, rows: Tensor) -> None:
-        """Replace the rows by those with these numbers."""
+    def select_rows(self, rows: Tensor, numbers: list[int]) -> None:
+        """Replace the rows by those with these numbers, given on the device and on the host."""
         if self.keys is None or self.values is None:
             return
-        self.lengths = [self.lengths[row] for row in rows.tolist()]
+        self.lengths = [self.lengths[number] for number in numbers]
         # The longest row may have gone, and what only it needed with it.
         unused = self.keys.shape[2] - max(self.lengths)
         self.keys, self.values = self.keys[rows, :, unused:], self.values[rows, :, unused:]
@@ -101,11 +101,16 @@ def _first_keys(
     """`WindowKeys.first_keys`: past the unused places of short rows, and past other documents."""
     if min(before) == cached and layout.document_starts is None:
         return None
-    unused = torch.tensor([[cached - length] for length in before], device=device)
+    unused = _sent([[cached - length] for length in before], device)
     if layout.document_starts is None:
         return unused.expand(-1, layout.num_positions)
-    origin = torch.tensor([[cached - first] for first in layout.first_positions], device=device)
+    origin = _sent([[cached - first] for first in layout.first_positions], device)
     return torch.maximum(layout.document_starts + origin, unused)
+
+
+def _sent(numbers: list[Any], device: torch.device) -> Tensor:
+    """A tensor on the device, for which the host does not wait."""
+    return torch.tensor(numbers).to(device, non_blocking=True)
 
 
 class CurrentRetrieval(NamedTuple):
@@ -307,7 +312,7 @@ class DRTState(Cache):
         if rows == list(range(self.batch_size)):
             return
         for window in self.windows:
-            window.select_rows(beam_idx)
+            window.select_rows(beam_idx, rows)
         self.cursors = [self.cursors[row] for row in rows]
         if self.opened is not None:
             width = max(cursor.opened for cursor in self.cursors)

@@ -46,7 +46,7 @@ class RowCounts:
 
     def load(self, positions: list[int], lengths: list[int]) -> None:
         """Begin at these positions, with this many positions in the rings."""
-        self._counts.copy_(torch.tensor([positions, lengths]))
+        self._counts.copy_(torch.tensor([positions, lengths]), non_blocking=True)
 
     @property
     def positions(self) -> Tensor:
@@ -208,7 +208,7 @@ class StepState(DRTState):
     def set_active(self, active: list[bool]) -> None:
         """Say which rows read a token in the steps that follow."""
         if active != self._active:
-            self.counts.active.copy_(torch.tensor(active))
+            self.counts.active.copy_(torch.tensor(active), non_blocking=True)
             self._active = active
 
     def count_step(self) -> None:
