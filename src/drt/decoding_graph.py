@@ -81,8 +81,10 @@ class DecodingGraph:
         self.model = model
         """Whose steps it takes."""
         self._addresses = _addresses(model)
-        self._steps = StepState(model, batch_size)
-        self._ids = torch.zeros(batch_size, 1, dtype=torch.int64, device=model.device)
+        # What is made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            self._steps = StepState(model, batch_size)
+            self._ids = torch.zeros(batch_size, 1, dtype=torch.int64, device=model.device)
         self._state: DRTState | None = None
         self._is_loaded = False
         self._is_cuda = model.device.type == "cuda"
