@@ -140,7 +140,7 @@ def _scores(queries: Tensor, part: _Tile, buffer: Tensor) -> Tensor:
 def _close(scores: Tensor, start: int, bounds: Bounds) -> None:
     """Make what a query may not find -inf."""
     numbers = torch.arange(start, start + scores.shape[1], device=scores.device)
-    firsts, limits = (x.to(scores.device, non_blocking=True)[:, None] for x in bounds)
+    firsts, limits = (x.to(scores.device)[:, None] for x in bounds)
     scores.masked_fill_((numbers < firsts) | (numbers >= limits), float("-inf"))
 
 
