@@ -307,19 +307,19 @@ def test_generate_samples_several_returns_from_one_prompt(model: DRTForCausalLM)
 
 
 def test_what_cannot_be_replayed_is_refused(model: DRTForCausalLM) -> None:
-    ids = torch.randint(1, 61, (1, 5))
+    ids, options = torch.randint(1, 61, (1, 5)), {"max_new_tokens": 3, **GREEDY}
     with pytest.raises(ValueError, match="num_beams=2 cannot have a decoding_graph"):
-        model.generate(ids, num_beams=2, max_new_tokens=3, decoding_graph=True, **GREEDY)
+        model.generate(ids, num_beams=2, decoding_graph=True, **options)
     graph, state = DecodingGraph(model, 2), model.new_state(2)
     with pytest.raises(ValueError, match="is for 2 rows, the state has 1"):
-        model.generate(ids, decoding_graph=graph, **GREEDY)
+        model.generate(ids, decoding_graph=graph, **options)
     with pytest.raises(ValueError, match="made for another model"):
-        make({}).generate(ids, decoding_graph=graph, **GREEDY)
+        make({}).generate(ids, decoding_graph=graph, **options)
     with graph.attached(state), pytest.raises(ValueError, match="attached already"):
         DecodingGraph(model, 2).attach(state)
     hook = model.model.norm.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match=r"module 'model.norm' has forward hooks"):
-        model.generate(ids, decoding_graph=True, **GREEDY)
+        model.generate(ids, decoding_graph=True, **options)
     hook.remove()
     model.model.norm.weight = torch.nn.Parameter(model.model.norm.weight.detach().clone())
     with pytest.raises(ValueError, match="parameters were moved or replaced"):
