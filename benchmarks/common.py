@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, peak memory, tables, the hardware line."""
+"""What the benchmarks share: interleaved timing, passes, peak memory, tables, the hardware line."""
 
 import argparse
 import ctypes
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from drt import hardware
 
@@ -51,45 +53,71 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def measure(
-    variants: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 1
+    variants: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int,
+    warmup: int = 1,
+    budget: float = float("inf"),
 ) -> dict[str, list[float]]:
-    """CPU seconds of this process for each variant, one sample a round, the variants in turn."""
-    for _ in range(warmup):
-        for variant in variants.values():
-            variant()
-    samples: dict[str, list[float]] = {name: [] for name in variants}
-    gc.disable()
-    for _ in range(repeats):
-        for name, variant in variants.items():
-            start = time.process_time()
-            variant()
-            samples[name].append(time.process_time() - start)
-    gc.enable()
-    return samples
+    """CPU seconds of this process for each variant, one sample a round, the variants in turn.
+
+    Args:
+        variants: by name.
+        repeats: rounds.
+        warmup: rounds before those.
+        budget: wall seconds after which no third or later round begins.
+    """
+    return _rounds(variants, cpu_seconds, repeats=repeats, warmup=warmup, budget=budget)
 
 
 def measure_cuda(
-    variants: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 3
+    variants: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int,
+    warmup: int = 3,
+    budget: float = float("inf"),
 ) -> dict[str, list[float]]:
-    """Seconds of the CUDA device for each variant, one sample a round, the variants in turn.
+    """Seconds of the CUDA device for each variant, otherwise as `measure`.
 
     Warming up compiles kernels and fills caches. A sample is what the device's clock counts between
     two events around the call, after all earlier work: where the host is slower than the device,
     it is the host's time.
     """
+    return _rounds(variants, cuda_seconds, repeats=repeats, warmup=warmup, budget=budget)
+
+
+def _rounds(
+    variants: Mapping[str, Callable[[], object]],
+    seconds: Callable[[Callable[[], object]], float],
+    *,
+    repeats: int,
+    warmup: int,
+    budget: float,
+) -> dict[str, list[float]]:
     for _ in range(warmup):
         for variant in variants.values():
             variant()
     samples: dict[str, list[float]] = {name: [] for name in variants}
+    start = time.perf_counter()
     gc.disable()
-    for _ in range(repeats):
+    for number in range(repeats):
+        if number >= 2 and time.perf_counter() - start > budget:
+            break
         for name, variant in variants.items():
-            samples[name].append(_cuda_seconds(variant))
+            samples[name].append(seconds(variant))
     gc.enable()
     return samples
 
 
-def _cuda_seconds(call: Callable[[], object]) -> float:
+def cpu_seconds(call: Callable[[], object]) -> float:
+    """CPU seconds of this process for one call."""
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def cuda_seconds(call: Callable[[], object]) -> float:
+    """Seconds between the events before and after one call, on the CUDA device's clock."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
@@ -97,6 +125,37 @@ def _cuda_seconds(call: Callable[[], object]) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3
+
+
+def forward(operator: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
+    """Call without gradients."""
+    with torch.no_grad():
+        operator(*inputs)
+
+
+def forward_backward(operator: Callable[..., Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The output, and the gradients of the inputs that want one.
+
+    The first input, as large as the output, stands in for the gradient of the output.
+    """
+    output = operator(*inputs)
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    grad = inputs[0].detach().view(output.shape)
+    return [output.detach(), *torch.autograd.grad(output, wanted, grad)]
+
+
+PASSES: dict[str, Callable[..., object]] = {
+    "forward": forward,
+    "forward+backward": forward_backward,
+}
+
+
+def full_causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """PyTorch's full causal attention on (B, T, H, D); keys and values may have fewer heads."""
+    grouped = query.shape[2] != key.shape[2]
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    out = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+    return out.transpose(1, 2)
 
 
 def ratio(samples: Mapping[str, Sequence[float]], name: str, *, to: str) -> Ratio:

@@ -8,15 +8,17 @@ sliding window on long rows. One torch thread, CPU time of the process, variants
 """
 
 import json
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from common import (
     ALLOCATORS,
+    PASSES,
+    forward_backward,
+    full_causal,
     hardware_line,
     measure,
     parser,
@@ -29,100 +31,24 @@ from common import (
 from drt.ops.gca import grouped_cross_attention
 from drt.ops.window import sliding_window_attention
 from drt.testing import assert_within_budget
+from gca_variants import Sizes, chunk_sdpa, grouped_einsum, make_inputs
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WINDOW = 512
-
-
-class Inputs(NamedTuple):
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    indices: Tensor
-    weights: Tensor
-
-
-def make_inputs(
-    dtype: torch.dtype, *, C: int, S: int = 64, K: int = 8, H: int = 12, D: int = 64
-) -> Inputs:
-    """One row; every chunk retrieves K of all C chunks; the memory is head-major."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=dtype)
-
-    def memory() -> Tensor:
-        return normal(1, C, H, S, D).transpose(2, 3).requires_grad_()
-
-    scores = torch.randn(1, C, K, generator=generator)
-    return Inputs(
-        normal(1, C, S, H, D).requires_grad_(),
-        memory(),
-        memory(),
-        torch.randint(0, C, (1, C, K), generator=generator),
-        scores.softmax(-1).requires_grad_(),
-    )
-
-
-def gathered(memory: Tensor, indices: Tensor) -> Tensor:
-    """(B, M, S, H, D) -> (B, C, K, H, S, D)."""
-    batch = torch.arange(memory.shape[0])[:, None, None]
-    return memory.transpose(2, 3)[batch, indices]
 
 
 def blocked(query: Tensor, key: Tensor, value: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     return grouped_cross_attention(query, key, value, indices, weights, backend="blocked")
 
 
-def chunk_sdpa(
-    query: Tensor, key: Tensor, value: Tensor, indices: Tensor, weights: Tensor
-) -> Tensor:
-    """SDPA over a batch of C * K chunks, then the weighted sum."""
-    keys, values = gathered(key, indices), gathered(value, indices)
-    queries = query.transpose(2, 3)[:, :, None].expand(-1, -1, indices.shape[2], -1, -1, -1)
-    queries, keys, values = (tensor.flatten(0, 2) for tensor in (queries, keys, values))
-    outputs = scaled_dot_product_attention(queries, keys, values)
-    outputs = outputs.unflatten(0, indices.shape)
-    weights = weights.to(query.dtype)[..., None, None, None]
-    return (outputs * weights).sum(2).transpose(2, 3)
-
-
-def grouped_einsum(
-    query: Tensor, key: Tensor, value: Tensor, indices: Tensor, weights: Tensor
-) -> Tensor:
-    """All slots of a chunk in one product on each side of the softmax."""
-    keys, values = gathered(key, indices), gathered(value, indices)
-    scores = torch.einsum("bcqhd,bckhsd->bchqks", query * query.shape[-1] ** -0.5, keys)
-    weights = weights.to(query.dtype)[:, :, None, None, :, None]
-    return torch.einsum("bchqks,bckhsd->bcqhd", scores.softmax(-1) * weights, values)
-
-
 OPERATORS = {"blocked": blocked, "chunk sdpa": chunk_sdpa, "grouped einsum": grouped_einsum}
-
-
-def forward(operator: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
-    with torch.no_grad():
-        operator(*inputs)
-
-
-def forward_backward(operator: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    output = operator(*inputs)
-    wanted = [tensor for tensor in inputs if tensor.requires_grad]
-    grad = inputs[0].detach()
-    return [output.detach(), *torch.autograd.grad(output, wanted, grad.view(output.shape))]
-
-
-PASSES = {"forward": forward, "forward+backward": forward_backward}
 
 
 def check_correctness() -> None:
     """All variants compute the same, before any clock starts."""
     for dtype in DTYPES.values():
-        inputs = make_inputs(dtype, C=4)
-        doubles = tuple(
-            tensor.detach().double().requires_grad_() if tensor.requires_grad else tensor
-            for tensor in inputs
-        )
+        inputs = make_inputs(dtype, Sizes(chunks=4))
+        doubles = inputs.to_float64()
         truth = forward_backward(chunk_sdpa, doubles)
         baseline = forward_backward(chunk_sdpa, inputs)
         for operator in (blocked, grouped_einsum):
@@ -138,31 +64,20 @@ def time_operators(*, chunks: int, repeats: int) -> dict[str, Any]:
     """Samples of every variant, by precision and pass."""
     results: dict[str, Any] = {}
     for precision, dtype in DTYPES.items():
-        inputs = make_inputs(dtype, C=chunks)
+        inputs = make_inputs(dtype, Sizes(chunks=chunks))
         for name, run in PASSES.items():
-            variants = {key: bind(run, value, inputs) for key, value in OPERATORS.items()}
+            variants = {key: partial(run, value, inputs) for key, value in OPERATORS.items()}
             results[f"{precision} {name}"] = measure(variants, repeats=repeats)
     return results
-
-
-def bind(
-    run: Callable[..., object], operator: Callable[..., Tensor], inputs: tuple[Tensor, ...]
-) -> Callable[[], object]:
-    return lambda: run(operator, inputs)
 
 
 def peak_memory(*, chunks: int, precision: str, operator: str, passes: str) -> float:
     """Peak above the inputs, in query tensors."""
     run, function = PASSES[passes], OPERATORS[operator]
     # What libraries allocate once is not the operator's.
-    run(function, make_inputs(DTYPES[precision], C=4))
-    inputs = make_inputs(DTYPES[precision], C=chunks)
-    return peak_bytes(bind(run, function, inputs)) / inputs.query.nbytes
-
-
-def full_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
+    run(function, make_inputs(DTYPES[precision], Sizes(chunks=4)))
+    inputs = make_inputs(DTYPES[precision], Sizes(chunks=chunks))
+    return peak_bytes(partial(run, function, inputs)) / inputs.query.nbytes
 
 
 def window_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -173,15 +88,15 @@ def time_long_rows(*, tokens: int, repeats: int) -> dict[str, Any]:
     """Samples of GCA, a sliding window of as many keys, and full attention, with 4 heads."""
     results: dict[str, Any] = {}
     for precision, dtype in DTYPES.items():
-        chunked = make_inputs(dtype, C=tokens // 64, H=4)
+        chunked = make_inputs(dtype, Sizes(chunks=tokens // 64, heads=4, kv_heads=4))
         row = tuple(
             tensor.detach().reshape(1, tokens, 4, 64).requires_grad_() for tensor in chunked[:3]
         )
         for name, run in PASSES.items():
             variants = {
-                "blocked": bind(run, blocked, chunked),
-                "sliding window": bind(run, window_attention, row),
-                "full causal": bind(run, full_attention, row),
+                "blocked": partial(run, blocked, chunked),
+                "sliding window": partial(run, window_attention, row),
+                "full causal": partial(run, full_causal, row),
             }
             results[f"{precision} {name}"] = measure(variants, repeats=repeats)
     return results

@@ -24,6 +24,9 @@ from torch.nn.functional import scaled_dot_product_attention
 import window_cuda
 from common import (
     ALLOCATORS,
+    PASSES,
+    forward_backward,
+    full_causal,
     hardware_line,
     measure,
     parser,
@@ -45,11 +48,6 @@ Variant = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def banded(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return sliding_window_attention(query, key, value, window=WINDOW, backend="banded")
-
-
-def full_causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    return scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
 
 
 def sdpa_blocks(query: Tensor, key: Tensor, value: Tensor, *, block: int) -> Tensor:
@@ -96,23 +94,6 @@ def make_inputs(length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor
         torch.randn(shape, generator=generator).to(dtype).requires_grad_() for _ in range(3)
     )
     return query, key, value
-
-
-def forward(variant: Variant, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
-    with torch.no_grad():
-        variant(*inputs)
-
-
-def forward_backward(variant: Variant, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Output and gradients; the query stands in for the gradient of the output."""
-    output = variant(*inputs)
-    return output.detach(), *torch.autograd.grad(output, inputs, inputs[0].detach())
-
-
-PASSES: dict[str, Callable[..., object]] = {
-    "forward": forward,
-    "forward+backward": forward_backward,
-}
 
 
 def check_correctness() -> None:

@@ -15,16 +15,23 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from common import hardware_line, measure_cuda, print_table, ratio, write_json
+from common import (
+    PASSES,
+    forward_backward,
+    full_causal,
+    hardware_line,
+    measure_cuda,
+    print_table,
+    ratio,
+    write_json,
+)
 from drt.ops.window import BACKENDS, sliding_window_attention
 from drt.ops.window.call import Call
 from drt.testing import assert_within_budget
 
 WINDOW = 512
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-PASSES = ("forward", "forward+backward")
 CANDIDATES = ("banded", "flex", "varlen")
 BASELINE = "sdpa full causal"
 
@@ -93,24 +100,6 @@ CASES = [
 ]
 
 
-def full_causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    grouped = query.shape[2] != key.shape[2]
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    out = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
-    return out.transpose(1, 2)
-
-
-def forward(attend: Attend, inputs: list[Tensor]) -> None:
-    with torch.no_grad():
-        attend(*inputs)
-
-
-def forward_backward(attend: Attend, inputs: list[Tensor]) -> list[Tensor]:
-    """Output and gradients; the query stands in for the gradient of the output."""
-    out = attend(*inputs)
-    return [out.detach(), *torch.autograd.grad(out, inputs, inputs[0].detach())]
-
-
 def check_correctness(case: Case, backends: Mapping[str, Attend]) -> None:
     """All backends compute the same, before any clock starts; a length that ends in a block."""
     inputs = case.inputs(1100)
@@ -137,7 +126,7 @@ def time_case(case: Case, length: int, *, repeats: int) -> dict[str, dict[str, l
     inputs = case.inputs(length)
     variants = {**backends, BASELINE: full_causal}
     results = {}
-    for name, run_pass in zip(PASSES, (forward, forward_backward), strict=True):
+    for name, run_pass in PASSES.items():
         calls = {key: partial(run_pass, attend, inputs) for key, attend in variants.items()}
         results[name] = measure_cuda(calls, repeats=repeats)
     return results
