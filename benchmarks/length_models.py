@@ -52,6 +52,11 @@ class Contestant(Protocol):
     name: str
 
     @property
+    def model(self) -> PreTrainedModel:
+        """What computes."""
+        ...
+
+    @property
     def is_bounded(self) -> bool:
         """Whether what it keeps stops growing."""
         ...
@@ -191,10 +196,11 @@ def sliding_window(ours: DRTForCausalLM) -> Baseline:
     return Baseline("Mistral", MistralForCausalLM(theirs).eval(), segment_size=2 * window)
 
 
-def full_attention(ours: DRTForCausalLM) -> Baseline:
-    """Llama of our size."""
-    model = LlamaForCausalLM(LlamaConfig(**_sizes(ours))).eval()
-    return Baseline("Llama", model, segment_size=FULL_SEGMENT_SIZE)
+def full_attention(ours: DRTForCausalLM, *, segment_size: int = FULL_SEGMENT_SIZE) -> Baseline:
+    """Llama of our size, and where ours is."""
+    with ours.device:
+        model = LlamaForCausalLM(LlamaConfig(**_sizes(ours))).eval()
+    return Baseline("Llama", model, segment_size=segment_size)
 
 
 def _sizes(ours: DRTForCausalLM) -> dict[str, Any]:
@@ -241,7 +247,7 @@ def check(contestant: Contestant) -> float:
     Returns:
         The largest deviation of a logit.
     """
-    ids = random_bytes(CHECKED_LENGTH + 1, seed=1)
+    ids = random_bytes(CHECKED_LENGTH + 1, seed=1).to(contestant.model.device)
     assert contestant.read(ids[:, :-1], budget=float("inf")) == CHECKED_LENGTH
     found, wanted = contestant.branch()(ids[:, -1:]), contestant.full_logits(ids)
     # Sums of some hundred terms of size one in another order, through all layers.

@@ -1,22 +1,22 @@
 """One process of benchmarks/length.py: one model with one memory, read from end to end."""
 
-import gc
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from common import resident_bytes
+from decoding import Decoding, Steps, closing_tokens, time_decoding
 from drt import DRTConfig, DRTForCausalLM
 from drt.memory import DiskMemory
 from drt.memory.base import InferenceMemory
@@ -25,7 +25,6 @@ from length_models import (
     Baseline,
     Contestant,
     Ours,
-    Step,
     Tier,
     check,
     full_attention,
@@ -81,25 +80,6 @@ class Reading:
     """Seconds of the process."""
     wall: float
     """Seconds."""
-
-
-@dataclass
-class Decoding:
-    """CPU milliseconds a token, one sample a repeat."""
-
-    mean: list[float] = field(default_factory=list)
-    """Of all tokens of whole chunks."""
-    plain: list[float] = field(default_factory=list)
-    """Median of the tokens that close no chunk of ours."""
-    landmark: list[float] = field(default_factory=list)
-    """Mean of the tokens that close a chunk of ours."""
-
-    def add(self, milliseconds: list[float], closes: list[bool]) -> None:
-        """Take in a repeat, token by token."""
-        pairs = list(zip(milliseconds, closes, strict=True))
-        self.mean.append(mean(milliseconds))
-        self.plain.append(median(time for time, closing in pairs if not closing))
-        self.landmark.append(mean(time for time, closing in pairs if closing))
 
 
 @dataclass
@@ -202,11 +182,9 @@ def _measure(
 ) -> Row:
     """All of a row but the reading."""
     config, memory = ours.model.config, ours.memory
-    # Chunks close at multiples of their size, and milestones need not be such.
-    closes = [
-        (length + n + 1) % config.chunk_size == 0 for n in range(NUM_CHUNKS * config.chunk_size)
-    ]
-    decoding = time_decoding(contestants, closes, repeats=job.repeats, budget=job.budget)
+    closes = closing_tokens(length, config.chunk_size, num_chunks=NUM_CHUNKS)
+    steps = Steps(closes, num_chunks=NUM_CHUNKS, device=ours.model.device)
+    decoding = time_decoding(contestants, steps, repeats=job.repeats, budget=job.budget)
     search, gather = time_retrieval(memory, config)
     width = config.landmark_size or config.hidden_size
     return Row(
@@ -220,48 +198,6 @@ def _measure(
         num_bytes={x.name: x.num_bytes() for x in contestants},
         landmark_bytes=len(memory) * width * memory.options.landmark_dtype.itemsize,
     )
-
-
-def time_decoding(
-    contestants: Sequence[Contestant], closes: list[bool], *, repeats: int, budget: float
-) -> dict[str, Decoding]:
-    """Decode token by token from where each stands, a chunk in turn.
-
-    Args:
-        contestants: who.
-        closes: for each token of a repeat, whether it closes a chunk of ours.
-        repeats: repeats.
-        budget: seconds after which no repeat begins.
-    """
-    found = {x.name: Decoding() for x in contestants}
-    ids = random_bytes(len(closes), seed=2)
-    start = time.perf_counter()
-    for number in range(-1, repeats):
-        branches = {x.name: x.branch() for x in contestants}
-        times: dict[str, list[float]] = {name: [] for name in branches}
-        # The first repeat is a warm-up of one chunk.
-        parts = ids.split(len(closes) // NUM_CHUNKS, dim=1)[: 1 if number < 0 else None]
-        gc.disable()
-        for part in parts:
-            for name, step in branches.items():
-                times[name] += _step_times(step, part)
-        gc.enable()
-        if number >= 0:
-            for name, milliseconds in times.items():
-                found[name].add(milliseconds, closes)
-            if time.perf_counter() - start > budget:
-                break
-    return found
-
-
-def _step_times(step: Step, ids: Tensor) -> list[float]:
-    """CPU milliseconds of each of the (1, n) tokens."""
-    times = []
-    for token in ids.split(1, dim=1):
-        start = time.process_time()
-        step(token)
-        times.append(1e3 * (time.process_time() - start))
-    return times
 
 
 def time_retrieval(memory: InferenceMemory, config: DRTConfig) -> tuple[list[float], list[float]]:

@@ -1,0 +1,64 @@
+"""What does the model cost: a training step, reading a long prompt, and decoding after it?
+
+    python benchmarks/model.py [--device cpu|cuda] [--quick] [--part train|length] [--compile]
+                               [--json PATH]
+
+Training: forward and backward, with and without AdamW, of the 128M model on rows of 16K tokens,
+with one and two retrieval groups, relative to the sliding-window model of the same decoder; beside
+them that model with two more layers, and ours with the operator's reference in place of its kernel.
+The paper (arXiv 2410.01651) counts 1.22 and 1.24 with its kernel, 1.45 without it, and 1.15 for two
+layers more.
+
+Length: prefill and decoding of a 345M model from 8K to 1M tokens, its memory on the device and in
+host memory, with the decoding graph and with ordinary steps, beside transformers' Llama (full
+attention) of as many parameters with its DynamicCache. Weights and texts are random.
+
+On a CPU the models and lengths are tiny, so that the run takes a minute or two: it shows that
+everything works, and ratios of small models.
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import devices
+import model_length
+import model_train
+from common import hardware_line, parser, write_json
+from drt.cli.lengths import length
+
+PARTS = ("train", "length")
+
+
+def options() -> argparse.ArgumentParser:
+    arguments = parser(__doc__)
+    devices.add_option(arguments)
+    add = arguments.add_argument
+    add("--part", choices=PARTS, help="default both")
+    add("--compile", action="store_true", help="compile each layer; training only")
+    add("--lengths", type=length, nargs="+", help="tokens of the prompts, such as 8K 1M")
+    add("--budget-seconds", type=float, default=120.0, help="of one measurement; default 120")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = options().parse_args(argv)
+    device = devices.choose(arguments.device)
+    print(hardware_line(), flush=True)
+    results: dict[str, Any] = {"device": device.type}
+    budget = arguments.budget_seconds
+    if arguments.part in (None, "train"):
+        results["train"] = model_train.run(
+            device, quick=arguments.quick, compiled=arguments.compile, budget=budget
+        )
+        devices.release()
+        write_json(arguments.json, results)
+    if arguments.part in (None, "length"):
+        results["length"] = model_length.run(
+            device, lengths=arguments.lengths, quick=arguments.quick, budget=budget
+        )
+        write_json(arguments.json, results)
+
+
+if __name__ == "__main__":
+    main()
