@@ -25,11 +25,19 @@ check: $(STAMP)  ## lint, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: $(STAMP)  ## the benchmarks, printed as tables
-	$(BIN)/python benchmarks/gca.py
-	$(BIN)/python benchmarks/window.py
+bench: $(STAMP)  ## the benchmarks, printed as tables; about ten minutes on two cores without a GPU
+	$(BIN)/python benchmarks/gca.py --quick
+	$(BIN)/python benchmarks/window.py --quick
 	$(BIN)/python benchmarks/search.py
 	$(BIN)/python benchmarks/length.py --models demo --max-length 1M --budget-seconds 60
+	if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
+		$(BIN)/python benchmarks/window.py --device cuda && \
+		$(BIN)/python benchmarks/operators.py && \
+		$(BIN)/python benchmarks/model.py; \
+	else \
+		$(BIN)/python benchmarks/operators.py --quick && \
+		$(BIN)/python benchmarks/model.py --quick; \
+	fi
 
 clean:  ## remove the environment and caches, keep runs/
 	rm -rf $(VENV) .pytest_cache .ruff_cache build dist

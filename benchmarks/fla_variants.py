@@ -19,12 +19,13 @@ NSA_GROUP = 16
 """NSA wants this many query heads, or a multiple, for each key head."""
 
 
-def nsa(sizes: Sizes, indices: Tensor) -> Callable[..., Tensor] | str:
+def nsa(sizes: Sizes, indices: Tensor, *, dtype: torch.dtype) -> Callable[..., Tensor] | str:
     """Its attention to selected blocks, without compression and window, or why there is none.
 
     Args:
         sizes: as many query as memory tokens.
         indices: (1, C, K) the chunks that are selected, for all tokens and heads of a chunk.
+        dtype: of the queries.
     """
     found = _load("fla.ops.nsa.parallel", "parallel_nsa")
     if isinstance(found, str):
@@ -33,7 +34,7 @@ def nsa(sizes: Sizes, indices: Tensor) -> Callable[..., Tensor] | str:
         return f"wants {NSA_GROUP} heads a group"
     chosen = indices.repeat_interleave(sizes.chunk_size, 1)[:, :, None]
     chosen = chosen.expand(-1, -1, sizes.kv_heads, -1).contiguous()
-    gate = torch.ones(1, chosen.shape[1], sizes.heads, device=indices.device)
+    gate = torch.ones(1, chosen.shape[1], sizes.heads, dtype=dtype, device=indices.device)
     return partial(
         found,
         g_slc=gate,

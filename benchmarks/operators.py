@@ -7,7 +7,8 @@ Forward, and forward with backward, of the backend that the device would get: "t
 
 * chunk SDPA: PyTorch's attention to each retrieved chunk, gathered, and a weighted sum;
 * grouped einsum: one product on each side of the softmax, over gathered chunks;
-* full causal: PyTorch's attention to all tokens, as many as there are queries;
+* full causal: PyTorch's attention (FlashAttention, where it chooses that) to all tokens, as many as
+  there are queries;
 * window 512: `sliding_window_attention`, as the model's other attention;
 * NSA, MoBA: of flash-linear-attention, where it is installed.
 
@@ -175,7 +176,7 @@ def operators(case: Case, device: torch.device) -> tuple[dict[str, Call], dict[s
     lists = invert_indices(inputs.indices, sizes.chunks)
     found[SHARED] = (partial(ours(device), inverse=lists), inputs)
     row = rows_of(inputs, sizes.chunks * sizes.chunk_size)
-    others = {"NSA": nsa(sizes, inputs.indices), "MoBA": moba(sizes, device)}
+    others = {"NSA": nsa(sizes, inputs.indices, dtype=dtype), "MoBA": moba(sizes, device)}
     missing = {name: other for name, other in others.items() if isinstance(other, str)}
     found |= {name: (x, row) for name, x in others.items() if not isinstance(x, str)}
     return found, missing

@@ -31,10 +31,10 @@ def slots_sdpa(query: Tensor, key: Tensor, value: Tensor, weights: Tensor) -> Te
     return outputs.sum(0).transpose(0, 1)[None, None]
 
 
-def make_step(sizes: Sizes) -> Inputs:
+def make_step(sizes: Sizes, device: torch.device) -> Inputs:
     """One query, and a memory of the K chunks that it retrieved and no others."""
     step = sizes._replace(chunks=sizes.topk, num_queries=1)
-    inputs = make_inputs(torch.bfloat16, step, device=torch.device("cuda"))
+    inputs = make_inputs(torch.bfloat16, step, device=device)
     query, weights = inputs.query[:, :1], inputs.weights[:, :1]
     return inputs._replace(query=query.detach(), weights=weights.detach())
 
@@ -80,7 +80,7 @@ def report_decoding(shapes: Sequence[Sizes], *, repeats: int) -> dict[str, Any]:
     rows = []
     for shape in shapes:
         for topk in (8, 16):
-            inputs = make_step(shape._replace(topk=topk))
+            inputs = make_step(shape._replace(topk=topk), torch.device("cuda"))
             check_step(inputs)
             calls = {name: captured(call) for name, call in variants_of(inputs).items()}
             samples = {
