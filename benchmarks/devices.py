@@ -95,11 +95,11 @@ def runnable(
     able, failures = {}, {}
     for name, variant in variants.items():
         reason = _failure(variant, any_error=name in foreign)
-        release()
         if reason is None:
             able[name] = variant
         else:
             failures[name] = reason
+            release()
     return Runnable(able, failures)
 
 

@@ -36,8 +36,8 @@ class Inputs(NamedTuple):
         """The same numbers, exactly, as leaves of their own."""
         return Inputs(
             *(
-                tensor.detach().double().requires_grad_() if tensor.requires_grad else tensor
-                for tensor in self
+                x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
+                for x in self
             )
         )
 
