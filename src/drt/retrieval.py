@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from drt.ops.gca import InverseIndex
 from drt.precision import without_autocast
 
 SCORE_BYTES = 1 << 24
@@ -55,6 +56,8 @@ class RetrievedChunks(NamedTuple):
     """(B, num_blocks, K)."""
     in_order: bool = False
     """Whether the indices are 0, 1, 2, ... and M = B * num_blocks * K."""
+    inverse: InverseIndex | None = None
+    """Of the indices, for the backward of all layers that attend to them; None = not needed."""
 
 
 def gumbel_noise(like: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
