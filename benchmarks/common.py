@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from drt import hardware
 
 # glibc gives every block above 32 MB back to the kernel and pays page faults for the next one.
@@ -64,6 +66,37 @@ def measure(
             samples[name].append(time.process_time() - start)
     gc.enable()
     return samples
+
+
+def measure_cuda(
+    variants: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 3
+) -> dict[str, list[float]]:
+    """Seconds of the CUDA device for each variant, one sample a round, the variants in turn.
+
+    Warming up compiles kernels and fills caches. A sample is what the device's clock counts between
+    two events around the call, after all earlier work: where the host is slower than the device,
+    it is the host's time.
+    """
+    for _ in range(warmup):
+        for variant in variants.values():
+            variant()
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    gc.disable()
+    for _ in range(repeats):
+        for name, variant in variants.items():
+            samples[name].append(_cuda_seconds(variant))
+    gc.enable()
+    return samples
+
+
+def _cuda_seconds(call: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def ratio(samples: Mapping[str, Sequence[float]], name: str, *, to: str) -> Ratio:

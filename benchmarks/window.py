@@ -1,12 +1,14 @@
 """How fast is banded sliding-window attention, against what one would call instead?
 
-    python benchmarks/window.py [--quick] [--json PATH]
+    python benchmarks/window.py [--quick] [--json PATH] [--device cpu|cuda]
 
 One row, window 512, 12 heads of width 64, forward and forward+backward in fp32 and bf16, against
 PyTorch's scaled_dot_product_attention (SDPA) called on blocks of 512 queries with 1024 keys, on
 blocks of 128 queries with 640 keys, on the whole row with a causal mask (which is another function:
 full attention), and on the whole row with a dense mask of the window. All variants take and return
 (B, T, H, D). One torch thread, CPU time of the process, variants in turn.
+
+With `--device cuda` it is another benchmark, `window_cuda.py`: which backend is fastest there?
 """
 
 import json
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+import window_cuda
 from common import (
     ALLOCATORS,
     hardware_line,
@@ -173,7 +176,12 @@ def report(length: int, results: Mapping[str, Any], *, repeats: int) -> None:
 
 
 def main() -> None:
-    arguments = parser(__doc__).parse_args()
+    options = parser(__doc__)
+    options.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    arguments = options.parse_args()
+    if arguments.device == "cuda":
+        window_cuda.run(quick=arguments.quick, json_path=arguments.json)
+        return
     torch.set_num_threads(1)
     if arguments.worker is not None:
         print(json.dumps(time_variants(**json.loads(arguments.worker))))

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from drt.ops.window import BACKENDS, banded, plan, sliding_window_attention
+from drt.ops.window import banded, plan, sliding_window_attention
 
-both = pytest.mark.parametrize("backend", sorted(BACKENDS))
+both = pytest.mark.parametrize("backend", ["banded", "reference"])
 
 
 class Case(NamedTuple):
@@ -296,20 +296,3 @@ def test_no_first_keys_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         query, key, value, _ = tensors = Case(2, queries, 150, 6, 2, 4, 16).draw()
         values_and_gradients(tensors, window=16)
         sliding_window_attention(query, key, value, window=16)
-
-
-def test_torch_compile_captures_the_whole_call() -> None:
-    case = Case(1, 100, 110, 4, 2, 4, 16)
-    *tensors, grad = case.draw(torch.float32)
-    leaves = [x.requires_grad_() for x in tensors]
-    first_keys = case.first_keys("rising")
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, *, firsts: Tensor) -> Tensor:
-        return sliding_window_attention(query, key, value, window=case.window, first_keys=firsts)
-
-    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
-    for firsts in (first_keys, torch.zeros_like(first_keys)):
-        expected = torch.autograd.grad(attend(*leaves, firsts=firsts), leaves, grad)
-        actual = torch.autograd.grad(compiled(*leaves, firsts=firsts), leaves, grad)
-        # The same operators in the same order; masks of nothing change nothing.
-        assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))

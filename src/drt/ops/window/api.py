@@ -3,11 +3,10 @@
 import torch
 from torch import Tensor
 
-from drt.ops.window.banded import banded_window_attention
+from drt.ops.window.call import Call
+from drt.ops.window.choice import choose
 from drt.ops.window.plan import can_read
-from drt.ops.window.reference import reference_window_attention
 
-BACKENDS = {"banded": banded_window_attention, "reference": reference_window_attention}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -45,8 +44,12 @@ def sliding_window_attention(
         alibi_slopes: (H,) floating point, without gradient: the score falls by this much for
             each position of distance. None means no such bias.
         scale: factor of the dot products; D ** -0.5 when None.
-        backend: "banded" (blocks of queries over the keys in their reach; no T x N tensor) or
-            "reference" (dense mask, differentiable twice). None means "banded".
+        backend: "banded" (blocks of queries over the keys in their reach, any device), "flex"
+            (FlexAttention, compiled on CUDA; on CPU uncompiled and without gradient, for tests),
+            "varlen" (FlashAttention: CUDA, float16 and bfloat16, neither ALiBi nor first keys) or
+            "reference" (dense mask, differentiable twice). Only "flex" on CPU and "reference" make
+            a T x N tensor. None means the first that serves this call in an order that
+            `drt.ops.window.choice.preferred` states: on CPU "banded".
 
     Returns:
         (B, T, H, D), contiguous, dtype of `query`.
@@ -55,6 +58,7 @@ def sliding_window_attention(
         ValueError: if a shape, dtype, device, the window or the backend is not as above, and for
             first keys out of range on CPU; elsewhere, where reading them would make the host wait,
             such first keys count as the nearest that is in range.
+        RuntimeError: if the backend that was asked for cannot serve these tensors.
     """
     _check_shapes(query, key, value)
     _check_kinds(query, key, value)
@@ -64,23 +68,22 @@ def sliding_window_attention(
         _check_first_keys(first_keys, query, key)
     if alibi_slopes is not None:
         _check_slopes(alibi_slopes, query)
-    name = "banded" if backend is None else backend
-    if name not in BACKENDS:
-        raise ValueError(f"backend {name!r} does not exist; there are {sorted(BACKENDS)}")
     reach = query.shape[1] + window - 1
     dropped = max(key.shape[1] - reach, 0)
     if dropped:
         key, value = key[:, dropped:], value[:, dropped:]
     if first_keys is not None:
         first_keys = _renumber(first_keys, dropped=dropped, kept=key.shape[1])
-    return BACKENDS[name](
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    call = Call(query, key, value, window, first_keys, alibi_slopes, factor)
+    return choose(backend, call).run(
         query,
         key,
         value,
         window=window,
         first_keys=first_keys,
         alibi_slopes=alibi_slopes,
-        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        scale=factor,
     )
 
 

@@ -27,7 +27,7 @@ from drt.ops.window.plan import (
 _softmax_backward = torch.ops.aten._softmax_backward_data.default
 
 # Without gradient, up to so many queries are one product over all keys, with nothing cut up.
-_DECODE_QUERIES = 4
+DECODE_QUERIES = 4
 
 
 def banded_window_attention(
@@ -54,7 +54,7 @@ def banded_window_attention(
         return _BandedAttention.apply(query, key, value, band)
     if _is_plain_step(query, band):
         return _attend_from_one(query, key, value, scale)
-    if query.shape[1] <= _DECODE_QUERIES:
+    if query.shape[1] <= DECODE_QUERIES:
         return _decode(query, key, value, band)
     return _forward(query, key, value, band)
 
