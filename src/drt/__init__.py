@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from drt.configuration import DRTConfig
+from drt.decoding_graph import DecodingGraph
 from drt.memory import (
     ChunkMemory,
     DeviceMemory,
@@ -28,6 +29,7 @@ __all__ = [
     "DRTConfig",
     "DRTForCausalLM",
     "DRTState",
+    "DecodingGraph",
     "DeviceMemory",
     "DiskMemory",
     "HostMemory",

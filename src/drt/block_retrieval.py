@@ -100,7 +100,11 @@ def _of_sources(chunks: RetrievedChunks, sources: Tensor) -> RetrievedChunks:
 
 
 def _compact(chunks: RetrievedChunks) -> RetrievedChunks:
-    """Only the chunks that are in use, B * K of them in the order of use."""
+    """Only the chunks that are in use, B * K of them in the order of use.
+
+    Whether a slot is empty is not asked, as the host would have to wait for the answer: an empty
+    one holds some chunk, with weight 0.
+    """
     none = chunks.indices < 0
     flat = chunks.indices.flatten().clamp_min(0)
     order = torch.arange(len(flat), device=flat.device).view(chunks.indices.shape)
@@ -110,5 +114,5 @@ def _compact(chunks: RetrievedChunks) -> RetrievedChunks:
         None if chunks.lengths is None else chunks.lengths[flat],
         order.masked_fill(none, -1),
         chunks.weights,
-        in_order=not bool(none.any()),
+        in_order=True,
     )

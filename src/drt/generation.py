@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.utils import GenerationMixin
 
+from drt.decoding_graph import DecodingGraph
 from drt.state import DRTState
 
 
@@ -17,7 +18,9 @@ class DRTGeneration(GenerationMixin):
     """`generate` with a `DRTState`: greedy, sampling, beams, several returns, unequal prompts."""
 
     @torch.no_grad()
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(
+        self, *args: Any, decoding_graph: DecodingGraph | bool = False, **kwargs: Any
+    ) -> Any:
         """As `generate` of transformers, with these differences.
 
         * `past_key_values` may be a `DRTState` that has read something. The prompt is then what
@@ -25,22 +28,27 @@ class DRTGeneration(GenerationMixin):
           answer, to be continued; with beams or several returns it is left as it was.
         * At the prompt's end the open chunk is closed (`DRTConfig.close_prompt_chunk`).
         * Prompts of unequal length may be padded on either side, told by `attention_mask`.
+        * With `decoding_graph=True`, steps that close no chunk run in fixed buffers, on a GPU as a
+          replayed CUDA graph. A `DecodingGraph` of as many rows as are generated, given instead,
+          keeps what it captured for later calls. Results are the same. Not with beams, which move
+          the whole state at every step.
 
         Raises:
-            ValueError: the prompt begins with what the state has read, a prompt is empty, or
-                another kind of cache is asked for.
+            ValueError: the prompt begins with what the state has read, a prompt is empty, another
+                kind of cache is asked for, or a decoding graph that cannot be had or does not fit.
         """
         given = kwargs.get("past_key_values")
         if given is not None:
             _check_given(given, args, kwargs)
-        rows = FinishedRows()
-        previous = _FINISHED.set(rows)
+        rows = _Run(decoding_graph)
+        previous = _RUN.set(rows)
         try:
             # Any: pyright cannot know what this class is mixed into.
             parent: Any = super()
             out = parent.generate(*args, **kwargs)
         finally:
-            _FINISHED.reset(previous)
+            _RUN.reset(previous)
+            rows.detach_graph()
         if given is not None and rows.in_place:
             last = (out if isinstance(out, Tensor) else out.sequences)[:, -1:]
             # The loop ends without reading the last token.
@@ -84,6 +92,11 @@ class DRTGeneration(GenerationMixin):
         Beams and several returns thus cost one reading, and share its memory.
         """
         beams, returns = generation_config.num_beams, generation_config.num_return_sequences
+        if beams > 1 and _RUN.get().graph:
+            raise ValueError(
+                f"num_beams={beams} cannot have a decoding_graph: beams move the whole state at "
+                "every step"
+            )
         copies = max(beams, returns)
         for name in ("chunk_ends", "document_ids", "labels"):
             if model_kwargs.get(name) is not None:
@@ -102,8 +115,9 @@ class DRTGeneration(GenerationMixin):
         # It has been read; kept, it would grow by a copy a token.
         model_kwargs["attention_mask"] = None
         model_kwargs.pop("inputs_embeds", None)
-        _FINISHED.get().in_place = copies == 1
-        _FINISHED.get().are_beams = beams > 1
+        _RUN.get().attach_graph(self, state)
+        _RUN.get().in_place = copies == 1
+        _RUN.get().are_beams = beams > 1
         return out
 
     def _read_prompt(self, prompt: _Prompt, state: DRTState, segment_size: int | None) -> Any:
@@ -149,20 +163,41 @@ class DRTGeneration(GenerationMixin):
             **kwargs,
             "input_ids": last,
             "past_key_values": past_key_values,
-            "attention_mask": _FINISHED.get().mask(last),
+            "attention_mask": _RUN.get().mask(last),
         }
 
 
-class FinishedRows:
-    """Which rows of a batch have ended: `generate` fills them with padding until all have."""
+class _Run:
+    """A call of `generate`: what takes its plain steps, and which rows of the batch have ended.
 
-    def __init__(self) -> None:
+    `generate` fills rows that have ended with padding until all have.
+    """
+
+    def __init__(self, graph: DecodingGraph | bool) -> None:
+        self.graph = graph
+        """What takes the plain steps; True = one is to be made, False = the ordinary forward."""
+        self._is_attached = False
         self.in_place = False
         """Whether the state that was given is the one that is extended."""
         self.are_beams = False
         """Whether rows are beams, which go on until the end."""
         self._ended: Tensor | None = None
         self._ended_before: Tensor | None = None
+
+    def attach_graph(self, model: Any, state: DRTState) -> None:
+        """Have the decoding graph that was asked for take the steps of this state."""
+        if self.graph is True:
+            self.graph = DecodingGraph(model, state.batch_size)
+        if self.graph:
+            if self.graph.model is not model:
+                raise ValueError("the decoding_graph was made for another model")
+            self.graph.attach(state)
+            self._is_attached = True
+
+    def detach_graph(self) -> None:
+        """Leave the state to the ordinary forward."""
+        if self._is_attached and isinstance(self.graph, DecodingGraph):
+            self.graph.detach()
 
     def note(self, stopped: Tensor) -> None:
         """(B,) bool: the rows that the token just sampled has stopped."""
@@ -177,7 +212,7 @@ class FinishedRows:
         return ~self._ended_before[:, None]
 
 
-_FINISHED: ContextVar[FinishedRows] = ContextVar("finished_rows")
+_RUN: ContextVar[_Run] = ContextVar("run")
 
 
 class _NotingCriteria(StoppingCriteriaList):
@@ -185,7 +220,7 @@ class _NotingCriteria(StoppingCriteriaList):
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         stopped = super().__call__(input_ids, scores, **kwargs)
-        _FINISHED.get().note(stopped)
+        _RUN.get().note(stopped)
         return stopped
 
 

@@ -31,17 +31,19 @@ class Rotary(NamedTuple):
 
 
 def rotary_factors(
-    first: int | list[int], count: int, *, config: DRTConfig, device: torch.device
+    first: int | list[int] | Tensor, count: int, *, config: DRTConfig, device: torch.device
 ) -> Rotary:
-    """Rotary factors of the positions first .. first + count - 1, of each row if there are several.
+    """Rotary factors of the positions first .. first + count - 1; `first` may be one number a row.
 
     Angles are computed in float64: at position 1,000,000 float32 is off by a thirtieth of a radian.
     """
     assert config.head_dim is not None
+    if isinstance(first, list) and min(first) == max(first):
+        first = first[0]
     if isinstance(first, int):
         position = torch.arange(first, first + count, dtype=torch.float64, device=device)
     else:
-        start = torch.tensor(first, dtype=torch.float64, device=device)[:, None]
+        start = torch.as_tensor(first, dtype=torch.float64).to(device, non_blocking=True)[:, None]
         position = start + torch.arange(count, dtype=torch.float64, device=device)
     frequency = _frequencies(config.rope_theta, config.head_dim, device)
     angle = position[..., None, None] * frequency
@@ -65,6 +67,12 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
 def alibi_slopes(num_heads: int) -> Tensor:
     """(H,) slopes 2^(-8 i / H), i = 1 .. H, of ALiBi (arXiv 2108.12409)."""
     return 2.0 ** (-8.0 * torch.arange(1, num_heads + 1) / num_heads)
+
+
+@cache
+def _slopes(num_heads: int, device: torch.device) -> Tensor:
+    """`alibi_slopes` on the device: copied there at every step, they would make the host wait."""
+    return alibi_slopes(num_heads).to(device)
 
 
 class DRTRMSNorm(nn.Module):
@@ -143,7 +151,7 @@ class SlidingWindowAttention(DRTAttention):
         first_keys = layout.document_starts
         if cache is not None:
             key, value, first_keys = cache.extend(key, value, window=self.window, layout=layout)
-        slopes = alibi_slopes(self.num_heads).to(hidden.device) if self.uses_alibi else None
+        slopes = _slopes(self.num_heads, hidden.device) if self.uses_alibi else None
         out = sliding_window_attention(
             query, key, value, window=self.window, alibi_slopes=slopes, first_keys=first_keys
         )

@@ -152,7 +152,7 @@ class DRTModel(DRTPreTrainedModel):
         layout, cursors = self._layout(embeddings, state, marks or Marks())
         landmark = None if self.landmark is None else self.landmark.to(embeddings.dtype)
         hidden = layout.to_positions(embeddings, landmark)
-        rotary = self._rotary(layout, hidden)
+        rotary = self._rotary(layout, hidden, state)
         layers = list(self.layers)
         for number in self.lower_layers:
             hidden = layers[number](hidden, rotary, layout, _window(state, number))
@@ -178,11 +178,12 @@ class DRTModel(DRTPreTrainedModel):
         count, device = embeddings.shape[1], embeddings.device
         return plan_segment(cursors, count, rules=self.rules, marks=marks, device=device)
 
-    def _rotary(self, layout: SegmentLayout, hidden: Tensor) -> Rotary | None:
+    def _rotary(
+        self, layout: SegmentLayout, hidden: Tensor, state: DRTState | None
+    ) -> Rotary | None:
         if not self.uses_rope:
             return None
-        rows = layout.first_positions
-        first = rows[0] if min(rows) == max(rows) else rows
+        first = layout.first_positions if state is None else state.next_positions(layout)
         count = layout.num_positions
         return rotary_factors(first, count, config=self.config, device=hidden.device)
 
@@ -198,18 +199,13 @@ class DRTModel(DRTPreTrainedModel):
             return None
         if state is None:
             noise = self.config.retrieval_noise if self.training else 0.0
-            memory, opened = TrainingMemory(noise=noise, generator=generator), None
+            memory = TrainingMemory(noise=noise, generator=generator)
+            closed, _ = layout.split_chunks(hidden, hidden[:, :0])
         else:
-            memory, opened = state.memory, state.opened
-        if opened is None:
-            opened = hidden[:, :0]
-        closed, opened = layout.split_chunks(hidden, opened)
-        if state is not None:
-            # A copy where it is a part of something larger.
-            state.opened = opened.detach().clone() if layout.num_closed else opened.detach()
+            memory, closed = state.memory, state.extend_opened(hidden, layout)
         if layout.num_closed:
             lengths = layout.chunk_lengths
-            on_device = None if lengths is None else lengths.to(hidden.device)
+            on_device = None if lengths is None else lengths.to(hidden.device, non_blocking=True)
             chunks = self.chunk_encoder(closed, on_device)
             memory.append(chunks.landmarks, chunks.keys, chunks.values, lengths)
         return memory
@@ -366,14 +362,20 @@ class DRTForCausalLM(DRTPreTrainedModel, DRTGeneration, GenerationMixin):
         check_labels(labels, logits_to_keep, output_token_losses=output_token_losses)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        embeddings = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        columns: Any = input_ids if inputs_embeds is None else inputs_embeds
         state = past_key_values
         if state is None and use_cache:
-            state = self.new_state(embeddings.shape[0])
-        check_state(state, embeddings)
-        marks = make_marks(embeddings, attention_mask, chunk_ends, document_ids)
+            state = self.new_state(columns.shape[0])
+        check_state(state, columns)
+        marks = make_marks(columns, attention_mask, chunk_ends, document_ids)
         if state is not None and input_ids is not None:
             state.note_ids(input_ids)
+            graph = state.decoding_graph
+            is_bare = labels is None and not output_retrievals and isinstance(logits_to_keep, int)
+            if graph is not None and is_bare and graph.covers(input_ids, marks):
+                logits = graph.step(input_ids, marks)
+                return DRTCausalLMOutput(logits=logits, past_key_values=state)  # type: ignore[arg-type]
+        embeddings = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if self.training and state is None and self._closes_early:
             marks = self._close_some_early(marks, embeddings, generator)
         out = self.model(embeddings, state, marks=marks, generator=generator)

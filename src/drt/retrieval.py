@@ -55,7 +55,8 @@ class RetrievedChunks(NamedTuple):
     weights: Tensor
     """(B, num_blocks, K)."""
     in_order: bool = False
-    """Whether the indices are 0, 1, 2, ... and M = B * num_blocks * K."""
+    """Whether the slots hold the chunks 0, 1, ... of M = B * num_blocks * K in turn; an empty one,
+    of index -1, then holds some chunk with weight 0."""
     inverse: InverseIndex | None = None
     """Of the indices, for the backward of all layers that attend to them; None = not needed."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from drt.chunking import Cursor, SegmentLayout
 from drt.configuration import DRTConfig
 from drt.memory import ChunkMemory, DeviceMemory
 from drt.retrieval import RetrievedChunks
+
+if TYPE_CHECKING:
+    from drt.decoding_graph import DecodingGraph
 
 # Ids by which a text that was read is recognized.
 _NUM_RECENT = 64
@@ -72,16 +75,16 @@ class WindowCache:
             last = joined[:, :, joined.shape[2] - kept :]
             # A slice of little more than itself costs less than a copy, one of a segment more.
             return joined, last if joined.shape[2] <= 2 * kept else last.clone()
-        ends = torch.tensor(layout.counts, device=new.device) + joined.shape[2] - new.shape[2]
+        ends = _sent(layout.counts, new.device) + joined.shape[2] - new.shape[2]
         place = (ends[:, None] + torch.arange(-kept, 0, device=new.device)).clamp_min(0)
         index = place[:, None, :, None].expand(-1, joined.shape[1], -1, joined.shape[3])
         return joined, joined.gather(2, index)
 
-    def select_rows(self, rows: Tensor) -> None:
-        """Replace the rows by those with these numbers."""
+    def select_rows(self, rows: Tensor, numbers: list[int]) -> None:
+        """Replace the rows by those with these numbers, given on the device and on the host."""
         if self.keys is None or self.values is None:
             return
-        self.lengths = [self.lengths[row] for row in rows.tolist()]
+        self.lengths = [self.lengths[number] for number in numbers]
         # The longest row may have gone, and what only it needed with it.
         unused = self.keys.shape[2] - max(self.lengths)
         self.keys, self.values = self.keys[rows, :, unused:], self.values[rows, :, unused:]
@@ -98,11 +101,16 @@ def _first_keys(
     """`WindowKeys.first_keys`: past the unused places of short rows, and past other documents."""
     if min(before) == cached and layout.document_starts is None:
         return None
-    unused = torch.tensor([[cached - length] for length in before], device=device)
+    unused = _sent([[cached - length] for length in before], device)
     if layout.document_starts is None:
         return unused.expand(-1, layout.num_positions)
-    origin = torch.tensor([[cached - first] for first in layout.first_positions], device=device)
+    origin = _sent([[cached - first] for first in layout.first_positions], device)
     return torch.maximum(layout.document_starts + origin, unused)
+
+
+def _sent(numbers: list[Any], device: torch.device) -> Tensor:
+    """A tensor on the device, for which the host does not wait."""
+    return torch.tensor(numbers).to(device, non_blocking=True)
 
 
 class CurrentRetrieval(NamedTuple):
@@ -140,15 +148,48 @@ class DRTState(Cache):
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.cursors = [Cursor()] * batch_size
         """Where each row stands."""
-        self.windows = [WindowCache() for _ in range(config.num_hidden_layers)]
-        self.opened: Tensor | None = None
-        """(B, n, E) lower-layer outputs of the open chunks; rows with fewer stand at the right."""
+        self._windows = [WindowCache() for _ in range(config.num_hidden_layers)]
+        self._opened: Tensor | None = None
         self.current: list[CurrentRetrieval | None] = [None] * len(config.retrieval_groups)
         """Per group, the chunks that the open block attends to."""
         self.memory: ChunkMemory = DeviceMemory() if memory is None else memory
         self.num_columns = 0
         """Columns of ids read, padding among them."""
         self._recent_ids: list[Tensor] = []
+        self.decoding_graph: DecodingGraph | None = None
+        """What takes the plain steps of decoding for this state; None = the ordinary forward."""
+
+    # A decoding graph has windows and open chunks in buffers of its own: whoever asks gets them.
+
+    @property
+    def windows(self) -> list[WindowCache]:
+        """Per layer, keys and values of the last positions."""
+        if self.decoding_graph is not None:
+            self.decoding_graph.settle()
+        return self._windows
+
+    @property
+    def opened(self) -> Tensor | None:
+        """(B, n, E) lower-layer outputs of the open chunks; rows with fewer stand at the right."""
+        if self.decoding_graph is not None:
+            self.decoding_graph.settle()
+        return self._opened
+
+    @opened.setter
+    def opened(self, opened: Tensor | None) -> None:
+        self._opened = opened
+
+    def extend_opened(self, hidden: Tensor, layout: SegmentLayout) -> Tensor:
+        """Append (B, P, E) lower-layer outputs; return the closed chunks, (B, C, S + 1, E)."""
+        before = hidden[:, :0] if self.opened is None else self.opened
+        closed, opened = layout.split_chunks(hidden, before)
+        # A copy where it is a part of something larger.
+        self.opened = opened.detach().clone() if layout.num_closed else opened.detach()
+        return closed
+
+    def next_positions(self, layout: SegmentLayout) -> list[int] | Tensor:
+        """Position of each row's first one in the segment: B numbers, or (B,) on the device."""
+        return layout.first_positions
 
     @property
     def num_tokens(self) -> list[int]:
@@ -169,9 +210,11 @@ class DRTState(Cache):
 
     def fork(self) -> DRTState:
         """A state that goes on from here on its own; what the memory holds is shared."""
+        windows = [copy.copy(window) for window in self.windows]
         other = copy.copy(self)
+        other.decoding_graph = None
         other.cursors = list(self.cursors)
-        other.windows = [copy.copy(window) for window in self.windows]
+        other._windows = windows
         other.current = list(self.current)
         other._recent_ids = list(self._recent_ids)
         other.memory = self.memory.fork()
@@ -268,9 +311,9 @@ class DRTState(Cache):
         rows = beam_idx.tolist()
         if rows == list(range(self.batch_size)):
             return
-        self.cursors = [self.cursors[row] for row in rows]
         for window in self.windows:
-            window.select_rows(beam_idx)
+            window.select_rows(beam_idx, rows)
+        self.cursors = [self.cursors[row] for row in rows]
         if self.opened is not None:
             width = max(cursor.opened for cursor in self.cursors)
             self.opened = self.opened[beam_idx, self.opened.shape[1] - width :]

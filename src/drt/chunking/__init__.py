@@ -9,7 +9,7 @@ reads the layout and does no arithmetic of its own.
 from drt.chunking.cursor import Cursor
 from drt.chunking.grid import GridLayout
 from drt.chunking.layout import SegmentLayout
-from drt.chunking.plan import ChunkRules, Marks, plan_segment
+from drt.chunking.plan import ChunkRules, Marks, plan_segment, stays_open
 from drt.chunking.ragged import RaggedLayout
 
 __all__ = [
@@ -20,4 +20,5 @@ __all__ = [
     "RaggedLayout",
     "SegmentLayout",
     "plan_segment",
+    "stays_open",
 ]

@@ -61,7 +61,7 @@ def plan_segment(
         The layout, and where each row stands after the segment.
     """
     if all(mark is None for mark in marks) and all(
-        _stays_open(c, num_columns, rules) for c in cursors
+        stays_open(c, num_columns, rules) for c in cursors
     ):
         return _open_segment(cursors, num_columns, rules, device)
     columns = _columns(len(cursors), num_columns, marks.content)
@@ -92,7 +92,7 @@ def plan_segment(
     return RaggedLayout(cursors, plans, columns, num_columns=num_columns, **shared), after
 
 
-def _stays_open(cursor: Cursor, length: int, rules: ChunkRules) -> bool:
+def stays_open(cursor: Cursor, length: int, rules: ChunkRules) -> bool:
     """Whether nothing but content comes in this segment: the usual step of decoding."""
     if cursor.closing or cursor.first_position:
         return False

@@ -67,11 +67,15 @@ class RaggedLayout(SegmentLayout):
         self._index_chunks(cursors, plans)
         self._index_blocks([_blocks(plan, landmark_starts_block) for plan in plans])
         starts = _document_starts(cursors, plans, self.num_positions)
-        self.document_starts = None if starts is None else torch.from_numpy(starts).to(device)
+        self.document_starts = None if starts is None else self._sent(starts)
 
     def _rows(self, rows: Sequence[np.ndarray], width: int, fill: int = 0) -> Tensor:
         """Rows of numbers as (B, width) int64 on the device, `fill` at the right."""
-        return torch.from_numpy(_pad(rows, width, fill)).to(self.device)
+        return self._sent(_pad(rows, width, fill))
+
+    def _sent(self, numbers: np.ndarray) -> Tensor:
+        """The same on the device, for which the host does not wait."""
+        return torch.from_numpy(numbers).to(self.device, non_blocking=True)
 
     def _index_content(
         self, plans: Sequence[RowPlan], columns: Sequence[np.ndarray], landmark_predicts: bool
@@ -89,8 +93,8 @@ class RaggedLayout(SegmentLayout):
                     np.arange(1, plan.length + 1), plan.cuts[plan.ended]
                 )
             predictions[row, column] = positions
-        self._sources = torch.from_numpy(sources).to(self.device)
-        self._predictions = torch.from_numpy(predictions).to(self.device)
+        self._sources = self._sent(sources)
+        self._predictions = self._sent(predictions)
 
     def _index_chunks(self, cursors: Sequence[Cursor], plans: Sequence[RowPlan]) -> None:
         """Where chunks are in [opened, positions], and how many tokens they have."""
@@ -112,8 +116,8 @@ class RaggedLayout(SegmentLayout):
             opened[row] = places.clip(0, most + self.num_positions - 1)
         self._open_width = most
         self.chunk_lengths = torch.from_numpy(lengths)
-        self._closed = torch.from_numpy(closed).to(self.device)
-        self._opened = torch.from_numpy(opened).to(self.device)
+        self._closed = self._sent(closed)
+        self._opened = self._sent(opened)
 
     def _index_blocks(self, blocks: Sequence[_Blocks]) -> None:
         """Which position fills which place of which block."""
@@ -127,10 +131,10 @@ class RaggedLayout(SegmentLayout):
             into[number, place] = np.arange(len(place))
             out_of.append(place)
         self._block_width = width
-        self._into_blocks = torch.from_numpy(into).to(self.device)
+        self._into_blocks = self._sent(into)
         self._out_of_blocks = self._rows(out_of, self.num_positions)
         self.block_sources = self._rows([row.sources for row in blocks], self.num_blocks, -1)
-        self.final_sources = torch.tensor([row.final for row in blocks], device=self.device)
+        self.final_sources = self._sent(np.array([row.final for row in blocks]))
 
     def to_positions(self, content: Tensor, landmark: Tensor | None) -> Tensor:
         """See `SegmentLayout`."""

@@ -146,9 +146,11 @@ class InferenceMemory(ABC):
         stored = layout.records.decode(
             records.to(layout.device, non_blocking=True), layout.compute_dtype
         )
-        where = torch.from_numpy(local.reshape(tuple(indices.shape))).to(indices.device)
+        where = torch.from_numpy(local.reshape(tuple(indices.shape)))
+        where = where.to(indices.device, non_blocking=True)
         full = bool((lengths == layout.records.chunk_size).all())
-        return Chunks(*stored, None if full else torch.from_numpy(lengths).to(layout.device), where)
+        sizes = torch.from_numpy(lengths).to(layout.device, non_blocking=True)
+        return Chunks(*stored, None if full else sizes, where)
 
     def fork(self) -> InferenceMemory:
         """As `ChunkMemory.fork`: nothing is copied but lists of slabs."""

@@ -123,7 +123,7 @@ class RamSlab(Slab):
 
     def read(self, positions: np.ndarray, out: Tensor) -> None:
         """As `Slab.read`."""
-        index = torch.from_numpy(positions).to(self.records.device)
+        index = torch.from_numpy(positions).to(self.records.device, non_blocking=True)
         # Records are whole words, and words are copied faster than bytes.
         words = self.records.view(torch.int64)
         torch.index_select(words, 0, index, out=out.view(torch.int64))
