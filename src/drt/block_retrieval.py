@@ -7,6 +7,7 @@ from torch import Tensor
 
 from drt.chunking import SegmentLayout
 from drt.memory import ChunkMemory, Chunks
+from drt.ops.gca import invert_indices, wants_inverse
 from drt.retrieval import Retrieval, RetrievedChunks
 from drt.state import CurrentRetrieval, DRTState
 
@@ -31,7 +32,16 @@ def chunks_of_blocks(
         held = _of_sources(pool._replace(indices=numbers), layout.final_sources[:, None]).indices
         last = _of_sources(pool, layout.final_sources[:, None])
         state.current[group] = CurrentRetrieval(held, _compact(last))
-    return _of_sources(pool, layout.block_sources)
+    return _with_inverse(_of_sources(pool, layout.block_sources))
+
+
+def _with_inverse(chunks: RetrievedChunks) -> RetrievedChunks:
+    """The same with what the backward of each layer would work out by itself otherwise."""
+    if not (torch.is_grad_enabled() and chunks.keys.requires_grad and wants_inverse(chunks.keys)):
+        return chunks
+    # The blocks of all rows read one pool.
+    indices = chunks.indices.flatten(0, 1)[None]
+    return chunks._replace(inverse=invert_indices(indices, chunks.keys.shape[0]))
 
 
 def _candidates(

@@ -198,6 +198,7 @@ class GroupedCrossAttention(nn.Module):
             chunks.weights.flatten(0, 1)[None],
             key_lengths=None if chunks.lengths is None else chunks.lengths[None],
             softmax_plus_one=self.softmax_plus_one,
+            inverse=chunks.inverse,
         )
         return self.o_proj(out.flatten(-2)).view(blocks.shape)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -30,4 +30,6 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
 
 def without_autocast(device_type: str) -> AbstractContextManager:
     """The context of a function with a precision policy of its own, in forward and backward."""
-    return torch.autocast(device_type, enabled=False)
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

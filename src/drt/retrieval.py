@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from drt.ops.gca import InverseIndex
 from drt.precision import without_autocast
 
 SCORE_BYTES = 1 << 24
@@ -56,6 +57,8 @@ class RetrievedChunks(NamedTuple):
     in_order: bool = False
     """Whether the slots hold the chunks 0, 1, ... of M = B * num_blocks * K in turn; an empty one,
     of index -1, then holds some chunk with weight 0."""
+    inverse: InverseIndex | None = None
+    """Of the indices, for the backward of all layers that attend to them; None = not needed."""
 
 
 def gumbel_noise(like: Tensor, *, generator: torch.Generator | None = None) -> Tensor:

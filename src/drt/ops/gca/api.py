@@ -1,7 +1,6 @@
 """The public operator: validation and the choice of a backend."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from drt.ops.gca.blocked import blocked
 from drt.ops.gca.inverse import InverseIndex
 from drt.ops.gca.reference import reference
 from drt.ops.gca.triton import backend as triton
+from drt.precision import without_autocast
 
 
 class Backend(NamedTuple):
@@ -101,7 +101,8 @@ def grouped_cross_attention(
         _check_inverse(inverse, key, weights)
     chosen = _choose(backend, query, key)
     options = {"inverse": inverse} if chosen.takes_inverse else {}
-    with _without_autocast(query.device.type):
+    # One precision policy; autocast would change it half-way.
+    with without_autocast(query.device.type):
         return chosen.run(
             query,
             key,
@@ -122,11 +123,9 @@ def default_backend(query: Tensor, key: Tensor) -> str:
     return "reference" if triton.unavailable(query, key) else "triton"
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager:
-    """The operator has one precision policy; autocast would change it half-way."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
+def wants_inverse(key: Tensor) -> bool:
+    """Whether the backward of calls with this key, of no backend by name, reads `inverse`."""
+    return BACKENDS[default_backend(key, key)].takes_inverse
 
 
 def _choose(name: str | None, query: Tensor, key: Tensor) -> Backend:

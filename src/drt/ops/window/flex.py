@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 _BLOCK = 128
 # Limits of its GPU kernels: the narrowest tile of a tensor core, and shared memory.
 _WIDTHS = (16, 256)
-# A block mask is a few kilobytes; a model asks for one or two shapes at a time.
+# A model asks for one or two shapes at a time. A block mask has 4 bytes for each pair of blocks,
+# four times: 256 KB for 16,384 queries and keys.
 _KEPT_MASKS = 16
 
 

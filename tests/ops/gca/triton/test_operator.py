@@ -3,16 +3,16 @@
 import mmap
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from drt.ops.gca import grouped_cross_attention, invert_indices
 
 
-def operator_arguments(case: tuple, *, inverse: bool) -> tuple:
+def operator_arguments(case: Any, *, inverse: bool) -> tuple:
     lists = list(invert_indices(case.indices, case.key.shape[1])) if inverse else []
     return (*case[:5], case.key_lengths, lists, 0.5, True)
 
@@ -55,27 +55,14 @@ def test_a_second_derivative_is_refused(make_case: Callable, device: str) -> Non
         torch.autograd.grad(grad.sum(), case.query)
 
 
-class _Largest(TorchDispatchMode):
-    """Records the numbers of the largest tensor that any operation returns."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
-        result = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self.numel = max(self.numel, tensor.numel())
-        return result
-
-
-def test_no_gathered_copy_exists(make_case: Callable, device: str) -> None:
+def test_no_gathered_copy_exists(make_case: Callable, device: str, largest_tensor: Any) -> None:
     """With K = 8 a gathered copy of the keys would have 8 times the numbers of the query."""
     case = make_case(B=1, C=4, Q=8, H=2, G=2, S=8, D=16, K=8, M=4, full=True)
     case = case.to(torch.float32, device)
-    with _Largest() as largest:
+    with largest_tensor:
         case.results(grouped_cross_attention, backend="triton")
     assert case.query.numel() == case.key.numel()
-    assert largest.numel == case.query.numel()
+    assert largest_tensor.numel == case.query.numel()
 
 
 def far_apart(memory: Tensor, stride: int) -> Tensor:

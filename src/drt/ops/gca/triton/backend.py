@@ -32,10 +32,11 @@ def unavailable(query: Tensor, key: Tensor) -> str | None:
         return f"it takes float16, bfloat16 and float32, query is {query.dtype}"
     if interpreted and query.dtype == torch.bfloat16:
         return "Triton's interpreter computes bfloat16 wrongly; test in float32 or float16"
-    if key.shape[2] > MAX_CHUNK_SIZE:
-        return f"it takes chunks of up to {MAX_CHUNK_SIZE} tokens, S is {key.shape[2]}"
-    if key.shape[4] > MAX_WIDTH:
-        return f"it takes heads of width up to {MAX_WIDTH}, D is {key.shape[4]}"
+    size, width = key.shape[-3], key.shape[-1]
+    if size > MAX_CHUNK_SIZE:
+        return f"it takes chunks of up to {MAX_CHUNK_SIZE} tokens, S is {size}"
+    if width > MAX_WIDTH:
+        return f"it takes heads of width up to {MAX_WIDTH}, D is {width}"
     return None
 
 

@@ -60,6 +60,10 @@ class Shape(NamedTuple):
     """Whether chunks have lengths."""
     in_order: bool = False
     """Whether the memory is what was retrieved, as in decoding."""
+    chunks: int = 256
+    """Chunks of queries, and of the memory unless it is in order."""
+    topk: int = 8
+    """K."""
 
 
 SHAPES = {
@@ -76,8 +80,9 @@ SHAPES = {
     "S 256": Shape(S=256, Q=256),
     "D 256": Shape(D=256, H=8, G=8),
     "D 80, S 33": Shape(D=80, S=33, Q=34, ragged=True),
-    "decoding": Shape(Q=1, in_order=True),
-    "decoding, H 32 G 8 D 128": Shape(Q=4, H=32, G=8, D=128, in_order=True, ragged=True),
+    "decoding": Shape(Q=1, in_order=True, chunks=1),
+    "decoding, H 32 G 8 D 128": Shape(Q=4, H=32, G=8, D=128, in_order=True, ragged=True, chunks=1),
+    "one of each": Shape(Q=1, H=1, G=1, S=1, D=1, chunks=1, topk=1),
 }
 
 
@@ -94,9 +99,9 @@ class Resources(NamedTuple):
     """The widest matrix instruction: wgmma, tcgen05, mma or none."""
 
 
-def launches(shape: Shape, arch: int, *, chunks: int = 256, topk: int = 8) -> list[launch.Launch]:
+def launches(shape: Shape, arch: int) -> list[launch.Launch]:
     """All launches of a call of this shape with its backward, on tensors without memory."""
-    call = _call(shape, chunks, topk, GPUS[arch])
+    call = _call(shape, GPUS[arch])
     grad = call.query.new_empty(call.query.shape)
     parts, row_sums = launch.new_weight_parts(call), launch.new_row_sums(call)
     d_memory = new_memory_gradient(call.key)
@@ -110,7 +115,9 @@ def launches(shape: Shape, arch: int, *, chunks: int = 256, topk: int = 8) -> li
     ]
 
 
-def _call(shape: Shape, chunks: int, topk: int, gpu: Gpu) -> launch.Call:
+def _call(shape: Shape, gpu: Gpu) -> launch.Call:
+    chunks, topk = shape.chunks, shape.topk
+
     def empty(*sizes: int, dtype: torch.dtype = shape.dtype) -> Tensor:
         return torch.empty(sizes, dtype=dtype, device="meta")
 
@@ -133,12 +140,11 @@ def _call(shape: Shape, chunks: int, topk: int, gpu: Gpu) -> launch.Call:
 
 def compile_launch(step: launch.Launch, arch: int) -> Any:
     """Compile a launch for sm_`arch` as Triton's launcher would specialize it."""
-    names = step.kernel.arg_names
-    constants = {p.name for p in step.kernel.params if p.is_constexpr}
     signature, constexprs, attributes = {}, {}, {}
-    for position, name in enumerate(names):
-        kind, divisible = _kind(step.arguments[name])
-        fixed = name in constants or kind is None
+    for position, parameter in enumerate(step.kernel.params):
+        name = parameter.name
+        kind, divisible = _kind(step.arguments[name], special=not parameter.do_not_specialize)
+        fixed = parameter.is_constexpr or kind is None
         signature[name] = "constexpr" if fixed else kind
         if fixed:
             constexprs[name] = step.arguments[name]
@@ -149,14 +155,17 @@ def compile_launch(step: launch.Launch, arch: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def _kind(argument: Any) -> tuple[str | None, bool]:
-    """Type of an argument, None if it is compiled in, and whether it is a multiple of 16."""
-    if argument is None or (isinstance(argument, int) and argument == 1):
+def _kind(argument: Any, *, special: bool) -> tuple[str | None, bool]:
+    """Type of an argument, None if it is compiled in, and whether it is a multiple of 16.
+
+    Of a number both are found out only where it is `special`.
+    """
+    if argument is None or (special and isinstance(argument, int) and argument == 1):
         return None, False
     if isinstance(argument, Tensor):
         return _POINTERS[argument.dtype], True
     if isinstance(argument, int):
-        return "i32" if abs(argument) < 2**31 else "i64", argument % 16 == 0
+        return "i32" if abs(argument) < 2**31 else "i64", special and argument % 16 == 0
     return "fp32", False
 
 

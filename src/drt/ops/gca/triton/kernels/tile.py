@@ -8,6 +8,9 @@ Offsets are 64 bits wide: a memory of 16M tokens has more than 2 ** 31 numbers.
 import triton
 import triton.language as tl
 
+# Sizes that vary from call to call: a kernel is not compiled again for a 1 or a multiple of 16.
+VARIABLE = ("C", "M", "K", "num_pairs", "num_sources", "num_segments", "num_partials")
+
 # Below every score but finite, so that a row without any key has exp2(-inf - LOWEST) = 0.
 LOWEST = tl.constexpr(-1e30)
 
