@@ -19,6 +19,7 @@ everything works, and ratios of small models.
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import devices
@@ -51,18 +52,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     print(hardware_line(), flush=True)
     results: dict[str, Any] = {"device": device.type}
-    budget = arguments.budget_seconds
+
+    def save(part: str, found: dict[str, Any]) -> None:
+        results[part] = found
+        write_json(arguments.json, results)
+
+    quick, budget = arguments.quick, arguments.budget_seconds
     if arguments.part in (None, "train"):
-        results["train"] = model_train.run(
-            device, quick=arguments.quick, compiled=arguments.compile, budget=budget
-        )
+        compiled = arguments.compile
+        save("train", model_train.run(device, quick=quick, compiled=compiled, budget=budget))
         devices.release()
-        write_json(arguments.json, results)
     if arguments.part in (None, "length"):
-        results["length"] = model_length.run(
-            device, lengths=arguments.lengths, quick=arguments.quick, budget=budget
+        model_length.run(
+            device,
+            lengths=arguments.lengths,
+            quick=quick,
+            budget=budget,
+            save=partial(save, "length"),
         )
-        write_json(arguments.json, results)
 
 
 if __name__ == "__main__":

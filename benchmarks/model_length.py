@@ -47,6 +47,8 @@ LARGE = DRTConfig(
 TIERS: tuple[Tier, ...] = ("device", "host")
 NUM_CHUNKS = 2
 """Chunks decoded in a repeat."""
+NUM_CHECKED = 2
+"""Chunks that the decoding graph must decode as ordinary steps do: captures and replays."""
 FULL = "Llama"
 CUDA_LENGTHS = (1 << 13, 1 << 15, 1 << 17, 1 << 19, 1 << 20)
 CPU_LENGTHS = (1 << 11, 1 << 13, 1 << 15)
@@ -161,18 +163,42 @@ class Field:
 
     def check(self) -> dict[str, float]:
         """In float32, before any clock: reading and a step are one forward; the deviations."""
-        makers = self.makers()
+        deviations = {name: check(make()) for name, make in self.makers().items()}
         graphed = Graphed(self._drt("device"), self.graph)
-        deviations = {name: check(make()) for name, make in makers.items()}
-        deviations[graphed.name] = check(graphed)
+        deviations[graphed.name] = max(check(graphed), self._check_steps(graphed))
         self.graph.detach()
         return deviations
 
+    def _check_steps(self, graphed: Graphed) -> float:
+        """After two chunks, step by step, the graph has come to where ordinary steps come."""
+        count = NUM_CHECKED * self.model.config.chunk_size
+        ids = random_bytes(count, seed=2).to(self.model.device)
+        logits = []
+        for branch in (graphed.ours.branch(), graphed.branch()):
+            out = [branch(token) for token in ids.split(1, dim=1)]
+            logits.append(out[-1])
+        # As in `check`.
+        torch.testing.assert_close(*logits, rtol=0, atol=1e-3)
+        return float((logits[0] - logits[1]).abs().max())
+
 
 def run(
-    device: torch.device, *, lengths: Sequence[int] | None, quick: bool, budget: float
-) -> dict[str, Any]:
-    """Measure, and print a table that grows by a length at a time; returns all samples."""
+    device: torch.device,
+    *,
+    lengths: Sequence[int] | None,
+    quick: bool,
+    budget: float,
+    save: Callable[[dict[str, Any]], None],
+) -> None:
+    """Measure and print a table.
+
+    Args:
+        device: where.
+        lengths: tokens of the prompts; None = those of the device.
+        quick: the first two of them.
+        budget: seconds that a prefill, and the decoding after it, may take.
+        save: is given all samples so far, after each length.
+    """
     defaults = CUDA_LENGTHS if device.type == "cuda" else CPU_LENGTHS
     chosen = sorted(lengths or (defaults[:2] if quick else defaults))
     lines: list[Line] = []
@@ -185,19 +211,21 @@ def run(
     devices.release()
     dtype = inference_dtype(device)
     contestants = Field(model.to(dtype), dtype=dtype, budget=budget)  # type: ignore[arg-type]
+    parameters = {"DRT": num_parameters(model), FULL: num_parameters(contestants.llama)}
     with torch.inference_mode():
         warm_up(contestants, chosen[0], device)
         for length in chosen:
             lines += measure_length(contestants, length, lines, device)
             print(f"{short(length)} tokens done", flush=True)
-    parameters = {"DRT": num_parameters(model), FULL: num_parameters(contestants.llama)}
+            save(
+                {
+                    "parameters": parameters,
+                    "dtype": str(dtype),
+                    "deviations": deviations,
+                    "lines": [asdict(line) for line in lines],
+                }
+            )
     report(lines, parameters, dtype, device)
-    return {
-        "parameters": parameters,
-        "dtype": str(dtype),
-        "deviations": deviations,
-        "lines": [asdict(line) for line in lines],
-    }
 
 
 def make_model(device: torch.device) -> DRTForCausalLM:

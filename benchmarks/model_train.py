@@ -12,8 +12,9 @@ from torch import Tensor
 
 import devices
 from common import print_table, ratio
-from drt import DRTConfig, DRTForCausalLM, layers
+from drt import DRTConfig, DRTForCausalLM
 from drt.cli.configs import find_config
+from drt.ops.gca import api
 from drt.precision import autocast, uses_bfloat16
 from drt.run_config import load_config
 from length_models import num_parameters, random_bytes
@@ -67,14 +68,14 @@ class Trained:
 
 @contextmanager
 def gca_backend(name: str | None) -> Iterator[None]:
-    """Inside, the model's layers call this backend, which no setting of a model chooses."""
-    operator = layers.grouped_cross_attention
+    """Inside, this is the default backend of the operator, which no setting of a model chooses."""
+    default = api.default_backend
     if name is not None:
-        layers.grouped_cross_attention = partial(operator, backend=name)
+        api.default_backend = lambda query, key: name
     try:
         yield
     finally:
-        layers.grouped_cross_attention = operator
+        api.default_backend = default
 
 
 def configurations(setting: Setting) -> dict[str, DRTConfig]:

@@ -239,11 +239,11 @@ def report_ratios(results: Sequence[dict[str, Any]], device: torch.device) -> No
         print(f"{name}: {', '.join(sorted(filter(None, reasons)))}", flush=True)
 
 
-def report_rates(results: Sequence[dict[str, Any]], ceilings: Ceilings) -> None:
+def report_rates(results: Sequence[dict[str, Any]]) -> None:
     """How near ours comes to the floor that the ceilings set."""
     rows = []
     for result in results:
-        found = rates(result, ceilings)
+        found = result["rates"]
         rows.append(
             [
                 f"{result['case']} {result['passes']}",
@@ -297,28 +297,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     ceilings = measure_ceilings(precisions, device, repeats=repeats)
     products = ", ".join(f"{name} {x / 1e9:,.0f}" for name, x in ceilings.flops.items())
     print(f"ceilings: GFLOP/s {products}; GB/s {ceilings.bandwidth / 1e9:,.1f}", flush=True)
-    results = [
-        result
-        for case in todo
-        for result in run_case(case, device, repeats=repeats, budget=arguments.budget_seconds)
-    ]
-    for result in results:
-        result["rates"] = rates(result, ceilings)
-    report_ratios(results, device)
-    report_rates(results, ceilings)
-    same = {str(case): is_deterministic(case, device) for case in todo}
+    found: dict[str, Any] = {"device": device.type, "ceilings": ceilings._asdict()}
+    found |= {"cases": [], "deterministic": {}, "decoding": None}
+    for case in todo:
+        results = run_case(case, device, repeats=repeats, budget=arguments.budget_seconds)
+        for result in results:
+            result["rates"] = rates(result, ceilings)
+        found["cases"] += results
+        found["deterministic"][str(case)] = is_deterministic(case, device)
+        # A run that is cut short has not been for nothing.
+        write_json(arguments.json, found)
+    report_ratios(found["cases"], device)
+    report_rates(found["cases"])
+    same = found["deterministic"]
     print(f"\nforward+backward twice, the same bits: {sum(same.values())} of {len(same)} cases")
-    decoding = report_decoding(SHAPES, repeats=repeats) if device.type == "cuda" else None
-    write_json(
-        arguments.json,
-        {
-            "device": device.type,
-            "ceilings": ceilings._asdict(),
-            "cases": results,
-            "deterministic": same,
-            "decoding": decoding,
-        },
-    )
+    if device.type == "cuda":
+        found["decoding"] = report_decoding(SHAPES, repeats=repeats)
+        write_json(arguments.json, found)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ import model_length
 import model_train
 import operators
 from common import PASSES
+from drt.ops.gca import api
+from drt.testing import tiny_config
 from gca_variants import Sizes
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
@@ -71,44 +73,55 @@ def tiny_models(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("tiny_models")
-def test_model(tmp_path: Path) -> None:
+def test_training(tmp_path: Path) -> None:
     path = tmp_path / "model.json"
-    model.main(["--quick", "--device", "cpu", "--lengths", "256", "512", "--json", str(path)])
+    model.main(["--quick", "--device", "cpu", "--part", "train", "--json", str(path)])
     results = json.loads(path.read_text())
-    assert set(results) == {"hardware", "device", "train", "length"}
+    assert set(results) == {"hardware", "device", "train"}
     train = results["train"]
     names = set(train["parameters"])
     assert {"sliding window", "sliding window + 2 layers", "DRT x1", "DRT x2"} < names
     for samples in train["seconds"].values():
         assert {name: len(x) for name, x in samples.items()} == dict.fromkeys(names, 2)
     assert set(train["peak_bytes"]) == names
-    assert train["batch"] == 1
-    readers = ["DRT device", "DRT host", "Llama", "DRT device, graph", "DRT host, graph"]
-    lines = results["length"]["lines"]
-    assert [(x["length"], x["name"]) for x in lines] == [
-        (length, name) for length in (256, 512) for name in readers
-    ]
-    for line in lines:
-        assert line["failure"] is None
-        assert len(line["decoding"]["landmark"]) == 3
-        assert len(line["prefill"]) == (0 if "graph" in line["name"] else 2)
-    assert set(results["length"]["deviations"]) == {*readers} - {"DRT host, graph"}
-
-
-def test_one_part_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_models: None) -> None:
-    monkeypatch.setattr(model_length, "run", None)
-    path = tmp_path / "model.json"
-    model.main(["--quick", "--device", "cpu", "--part", "train", "--json", str(path)])
-    assert "length" not in json.loads(path.read_text())
+    assert (train["batch"], train["length"]) == (1, 64)
 
 
 @pytest.mark.usefixtures("tiny_models")
-def test_weights_stay_tied_when_they_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As on a GPU: checked in float32, measured in bfloat16.
     monkeypatch.setattr(model_length, "inference_dtype", lambda device: torch.bfloat16)
-    found = model_length.run(torch.device("cpu"), lengths=[96], quick=True, budget=1e9)
-    sizes = model_length.load_model("demo", None)
+    path = tmp_path / "model.json"
+    options = ["--quick", "--device", "cpu", "--part", "length", "--lengths", "96"]
+    model.main([*options, "--json", str(path)])
+    results = json.loads(path.read_text())
+    assert set(results) == {"hardware", "device", "length"}
+    found = results["length"]
+    readers = ["DRT device", "DRT host", "Llama", "DRT device, graph", "DRT host, graph"]
+    assert [(line["length"], line["name"]) for line in found["lines"]] == [
+        (96, name) for name in readers
+    ]
+    for line in found["lines"]:
+        assert line["failure"] is None
+        assert len(line["decoding"]["landmark"]) == 3
+        assert len(line["prefill"]) == (0 if "graph" in line["name"] else 2)
+    assert set(found["deviations"]) == {*readers} - {"DRT host, graph"}
     assert found["dtype"] == "torch.bfloat16"
+    # Tied weights are still tied.
+    sizes = model_length.load_model("demo", None)
     assert found["parameters"]["DRT"] == model_length.num_parameters(sizes)
+
+
+def test_the_backend_of_a_model_can_be_chosen() -> None:
+    key = torch.empty(1, 1, 1, 1, 1)
+    with model_train.gca_backend("reference"):
+        assert api.default_backend(key, key) == "reference"
+    assert api.default_backend(key, key) == "blocked"
+    trained = model_train.make_trained(
+        tiny_config(), torch.device("cpu"), backend="nonsense", compiled=False
+    )
+    with pytest.raises(ValueError, match="unknown backend 'nonsense'"):
+        trained.step(torch.zeros(1, 40, dtype=torch.int64), update=False)
 
 
 def test_compiling_on_a_cpu_is_refused() -> None:
