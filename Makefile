@@ -29,7 +29,7 @@ bench: $(STAMP)  ## the benchmarks, printed as tables; about ten minutes on two 
 	$(BIN)/python benchmarks/gca.py --quick
 	$(BIN)/python benchmarks/window.py --quick
 	$(BIN)/python benchmarks/search.py
-	$(BIN)/python benchmarks/length.py --models demo --max-length 1M --budget-seconds 60
+	$(BIN)/python benchmarks/length.py --models demo --tiers host disk --max-length 1M --budget-seconds 60
 	if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
 		$(BIN)/python benchmarks/window.py --device cuda && \
 		$(BIN)/python benchmarks/operators.py && \
