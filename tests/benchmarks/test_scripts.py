@@ -157,6 +157,8 @@ def test_what_does_not_fit_is_an_entry() -> None:
 
 
 @pytest.mark.slow
+# The longest takes a minute and a half on a core of its own.
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("script", "options", "fields"),
     [
