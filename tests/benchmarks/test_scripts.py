@@ -157,7 +157,7 @@ def test_what_does_not_fit_is_an_entry() -> None:
 
 
 @pytest.mark.slow
-# The longest takes a minute and a half on a core of its own.
+# The longest, gca.py, took 146 s on two busy cores.
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("script", "options", "fields"),
