@@ -48,6 +48,12 @@ def test_main_shapes(tmp_path: Path) -> None:
     check(rows)
 
 
+def test_counts_of_one(tmp_path: Path) -> None:
+    """Triton compiles numbers that are 1 in, unless it is told not to; its interpreter does not."""
+    rows = report(tmp_path / "rows.json", ["one slot", "one shared segment"], [90])
+    assert len(rows) == 2 * 4
+
+
 @pytest.mark.slow
 def test_other_shapes(tmp_path: Path) -> None:
     rows = report(tmp_path / "rows.json", REST, [80, 90, 100])

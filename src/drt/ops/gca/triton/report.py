@@ -60,6 +60,8 @@ class Shape(NamedTuple):
     """Whether chunks have lengths."""
     in_order: bool = False
     """Whether the memory is what was retrieved, as in decoding."""
+    C: int = 256
+    K: int = 8
 
 
 SHAPES = {
@@ -78,6 +80,8 @@ SHAPES = {
     "D 80, S 33": Shape(D=80, S=33, Q=34, ragged=True),
     "decoding": Shape(Q=1, in_order=True),
     "decoding, H 32 G 8 D 128": Shape(Q=4, H=32, G=8, D=128, in_order=True, ragged=True),
+    "one slot": Shape(Q=1, H=1, G=1, S=128, D=16, C=1, K=1),
+    "one shared segment": Shape(G=2, H=2, D=32, S=32, C=2),
 }
 
 
@@ -94,9 +98,9 @@ class Resources(NamedTuple):
     """The widest matrix instruction: wgmma, tcgen05, mma or none."""
 
 
-def launches(shape: Shape, arch: int, *, chunks: int = 256, topk: int = 8) -> list[launch.Launch]:
+def launches(shape: Shape, arch: int) -> list[launch.Launch]:
     """All launches of a call of this shape with its backward, on tensors without memory."""
-    call = _call(shape, chunks, topk, GPUS[arch])
+    call = _call(shape, GPUS[arch])
     grad = call.query.new_empty(call.query.shape)
     parts, row_sums = launch.new_weight_parts(call), launch.new_row_sums(call)
     d_memory = new_memory_gradient(call.key)
@@ -110,10 +114,11 @@ def launches(shape: Shape, arch: int, *, chunks: int = 256, topk: int = 8) -> li
     ]
 
 
-def _call(shape: Shape, chunks: int, topk: int, gpu: Gpu) -> launch.Call:
+def _call(shape: Shape, gpu: Gpu) -> launch.Call:
     def empty(*sizes: int, dtype: torch.dtype = shape.dtype) -> Tensor:
         return torch.empty(sizes, dtype=dtype, device="meta")
 
+    chunks, topk = shape.C, shape.K
     in_memory = chunks * topk if shape.in_order else chunks
     memory = empty(1, in_memory, shape.G, shape.S, shape.D).transpose(2, 3)
     indices = None if shape.in_order else empty(1, chunks, topk, dtype=torch.int64)
@@ -135,9 +140,11 @@ def compile_launch(step: launch.Launch, arch: int) -> Any:
     """Compile a launch for sm_`arch` as Triton's launcher would specialize it."""
     names = step.kernel.arg_names
     constants = {p.name for p in step.kernel.params if p.is_constexpr}
+    typed = {p.name for p in step.kernel.params if p.do_not_specialize}
     signature, constexprs, attributes = {}, {}, {}
     for position, name in enumerate(names):
-        kind, divisible = _kind(step.arguments[name])
+        argument = step.arguments[name]
+        kind, divisible = (_integer(argument), False) if name in typed else _kind(argument)
         fixed = name in constants or kind is None
         signature[name] = "constexpr" if fixed else kind
         if fixed:
@@ -156,8 +163,12 @@ def _kind(argument: Any) -> tuple[str | None, bool]:
     if isinstance(argument, Tensor):
         return _POINTERS[argument.dtype], True
     if isinstance(argument, int):
-        return "i32" if abs(argument) < 2**31 else "i64", argument % 16 == 0
+        return _integer(argument), argument % 16 == 0
     return "fp32", False
+
+
+def _integer(number: int) -> str:
+    return "i32" if abs(number) < 2**31 else "i64"
 
 
 def resources(compiled: Any) -> Resources:
