@@ -74,6 +74,7 @@ SHAPES = {
     "fp16": Shape(dtype=torch.float16),
     "fp32": Shape(dtype=torch.float32),
     "fp32 D 128": Shape(D=128, dtype=torch.float32),
+    "fp32 D 256": Shape(Q=48, H=8, G=8, D=256, dtype=torch.float32),
     "chunk encoder": Shape(Q=65, S=65, in_order=True),
     "S 256": Shape(S=256, Q=256),
     "D 256": Shape(D=256, H=8, G=8),
