@@ -22,6 +22,8 @@ def unavailable(query: Tensor, key: Tensor) -> str | None:
     """Why the kernels cannot serve these tensors and what would help, or None if they can."""
     if not _is_installed():
         return "Triton is not installed; pip install 'drt-lm[kernels]'"
+    if _has_changed():
+        return "TRITON_INTERPRET has changed since Triton was imported; set it before Python starts"
     interpreted = _is_interpreted()
     if query.device.type != "cuda" and not interpreted:
         return (
@@ -47,9 +49,17 @@ def _is_installed() -> bool:
 
 @torch.compiler.assume_constant_result
 def _is_interpreted() -> bool:
+    import triton
+
+    # As its own functions were made when it was imported.
+    return not isinstance(triton.language.sum, triton.JITFunction)
+
+
+@torch.compiler.assume_constant_result
+def _has_changed() -> bool:
     from triton import knobs
 
-    return knobs.runtime.interpret
+    return knobs.runtime.interpret != _is_interpreted()
 
 
 def run(
