@@ -7,8 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from drt.ops.gca import grouped_cross_attention
+from drt.ops.gca.api import default_backend
 from drt.ops.gca.triton import backend
 
 REFUSED = {
@@ -49,6 +51,21 @@ print(backend.unavailable(torch.zeros(1), torch.zeros(1, 1, 1, 1, 1)))
     environment = {**os.environ, "TRITON_INTERPRET": str(int(was_set))}
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     assert "TRITON_INTERPRET has changed since Triton was imported" in done.stdout
+
+
+def test_a_gpu_older_than_triton_supports(monkeypatch: pytest.MonkeyPatch) -> None:
+    capability = [(7, 5)]
+    monkeypatch.setattr(backend, "_has_changed", lambda: False)
+    monkeypatch.setattr(backend, "_is_interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability[0])
+    with FakeTensorMode():
+        tensor = torch.empty(1, 2, 16, 4, 64, dtype=torch.float16, device="cuda")
+    reason = backend.unavailable(tensor, tensor)
+    assert reason is not None
+    assert "compute capability 8.0" in reason
+    assert default_backend(tensor, tensor) == "reference"
+    capability[0] = (8, 0)
+    assert default_backend(tensor, tensor) == "triton"
 
 
 def test_bfloat16_in_the_interpreter(make_case: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,8 @@ MAX_CHUNK_SIZE = 256
 MAX_WIDTH = 256
 """Head width that the kernels take."""
 
+# Older GPUs are beyond what Triton supports: no matrix instructions, and too little shared memory.
+_CAPABILITY = (8, 0)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -29,6 +31,11 @@ def unavailable(query: Tensor, key: Tensor) -> str | None:
         return (
             f"it runs on CUDA tensors and query is on {query.device}; on a CPU use "
             "backend='blocked', or set TRITON_INTERPRET=1 before Python starts to test the kernels"
+        )
+    if not interpreted and not _runs_on(query.device.index):
+        return (
+            "it needs a GPU of compute capability "
+            f"{_CAPABILITY[0]}.{_CAPABILITY[1]}; use backend='reference'"
         )
     if query.dtype not in _DTYPES:
         return f"it takes float16, bfloat16 and float32, query is {query.dtype}"
@@ -60,6 +67,11 @@ def _has_changed() -> bool:
     from triton import knobs
 
     return knobs.runtime.interpret != _is_interpreted()
+
+
+@torch.compiler.assume_constant_result
+def _runs_on(device_index: int | None) -> bool:
+    return torch.cuda.get_device_capability(device_index) >= _CAPABILITY
 
 
 def run(
