@@ -173,6 +173,18 @@ def test_a_graph_made_in_inference_mode_serves_outside(model: DRTForCausalLM) ->
 
 
 @torch.no_grad()
+def test_a_row_that_has_ended_may_have_a_chunk_to_close(model: DRTForCausalLM) -> None:
+    state = read_unequal(model, [50, 55], seed=0)
+    ordinary, mask = state.fork(), torch.tensor([[True], [False]])
+    with Watched(model, 2).attached(state):
+        for each in (state, ordinary):
+            each.close_chunk([1])
+            model(torch.tensor([[7], [0]]), attention_mask=mask, past_key_values=each)
+    assert stands(state) == stands(ordinary)
+    assert tuple(state.memory.counts) == tuple(ordinary.memory.counts)
+
+
+@torch.no_grad()
 def test_other_steps_are_the_ordinary_forward(model: DRTForCausalLM) -> None:
     graph, ids = Watched(model, 2), torch.randint(0, 61, (2, 3))
     ends, ones = torch.tensor([[False], [True]]), torch.ones(2, 1, dtype=torch.int64)

@@ -258,6 +258,22 @@ def test_another_head_is_refused() -> None:
         model(ids, labels=ids)
 
 
+@pytest.mark.parametrize("chunk_size", [None, 16])
+def test_labels_of_another_shape_are_refused(chunk_size: int | None) -> None:
+    """Transposed ones have as many numbers as there are tokens."""
+    model = DRTForCausalLM(tiny_config(loss_chunk_size=chunk_size)).train()
+    ids = torch.randint(0, 61, (2, 40))
+    with pytest.raises(ValueError, match=r"labels must be \(B, T\) = \(2, 40\), got \(40, 2\)"):
+        model(ids, labels=ids.t())
+
+
+def test_labels_of_no_tokens() -> None:
+    ids = torch.zeros(2, 0, dtype=torch.int64)
+    out = DRTForCausalLM(tiny_config())(ids, labels=ids)
+    assert out.logits.shape == (2, 0, 61)
+    assert out.loss.isnan()
+
+
 class Rows(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return 8

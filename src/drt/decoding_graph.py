@@ -163,6 +163,9 @@ class DecodingGraph:
         kind = self._ids.device.type
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             return False
+        if any(cursor.closing for cursor in state.cursors):
+            # Padding closes the chunk of a row that has ended, too.
+            return False
         active, rules = self._active_rows(marks), self.model.model.rules
         rows = [cursor for cursor, reads in zip(state.cursors, active, strict=True) if reads]
         if not rows or not all(stays_open(cursor, 1, rules) for cursor in rows):

@@ -6,8 +6,9 @@ Shapes use the letters of docs/method.md: B rows, P positions, E width, H and G 
 
 from __future__ import annotations
 
-from functools import cache
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,25 @@ from drt.ops.gca import grouped_cross_attention
 from drt.ops.window import sliding_window_attention
 from drt.retrieval import RetrievedChunks
 from drt.state import WindowCache
+
+
+def _kept(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Keep what a function makes for its arguments, on the device, for all who ask later."""
+
+    @cache
+    def keep(*arguments: Any) -> Tensor:
+        # Tensors made in inference mode could not be used in training.
+        with torch.inference_mode(False):
+            return make(*arguments)
+
+    @wraps(make)
+    def kept(*arguments: Any) -> Tensor:
+        # What is made inside a graph, or without numbers, belongs to nobody else.
+        if torch.compiler.is_compiling() or type(torch.empty(0)) is not Tensor:
+            return make(*arguments)
+        return keep(*arguments)
+
+    return kept
 
 
 class Rotary(NamedTuple):
@@ -50,7 +70,7 @@ def rotary_factors(
     return Rotary(angle.cos().float(), angle.sin().float())
 
 
-@cache
+@_kept
 def _frequencies(theta: float, head_dim: int, device: torch.device) -> Tensor:
     """(D,) float64, D/2 rotary frequencies negated and once more as they are."""
     half = torch.arange(head_dim // 2, dtype=torch.float64, device=device)
@@ -69,7 +89,7 @@ def alibi_slopes(num_heads: int) -> Tensor:
     return 2.0 ** (-8.0 * torch.arange(1, num_heads + 1) / num_heads)
 
 
-@cache
+@_kept
 def _slopes(num_heads: int, device: torch.device) -> Tensor:
     """`alibi_slopes` on the device: copied there at every step, they would make the host wait."""
     return alibi_slopes(num_heads).to(device)

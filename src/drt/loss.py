@@ -25,7 +25,7 @@ IGNORED = -100
 
 def next_tokens(labels: Tensor) -> Tensor:
     """What each column predicts: (B, T) labels moved one to the left, the last `IGNORED`."""
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    return F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
 
 
 def losses_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
@@ -75,8 +75,13 @@ def losses_of_head(
         (B, T) losses as `losses_of_logits`, and (B, T, V) logits or None.
 
     Raises:
-        ValueError: a chunk size with another head, whose forward knows no targets.
+        ValueError: targets of another shape, or a chunk size with another head, whose forward
+            knows no targets.
     """
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"labels must be (B, T) = {tuple(hidden.shape[:-1])}, got {tuple(targets.shape)}"
+        )
     if chunk_size is None:
         logits = head(hidden)
         return losses_of_logits(logits, targets), logits

@@ -77,9 +77,9 @@ def grouped_cross_attention(
         softmax_plus_one: add 1 to each softmax denominator (an implicit key of score 0, value 0).
         inverse: `invert_indices(indices, M)`, where several calls share their indices: the "triton"
             backward then need not work it out for each. The others have no use for it.
-        backend: "blocked" (CPU), "triton" (CUDA; float16, bfloat16, float32; S and D up to 256) or
-            "reference" (everywhere). None for "blocked" on CPU, and elsewhere "triton" where it
-            can serve these tensors, else "reference".
+        backend: "blocked" (CPU), "triton" (CUDA from compute capability 8.0; float16, bfloat16,
+            float32; S and D up to 256) or "reference" (everywhere). None for "blocked" on CPU, and
+            elsewhere "triton" where it can serve these tensors, else "reference".
 
     Returns:
         (B, C, Q, H, D) in query's dtype.

@@ -15,6 +15,8 @@ MAX_CHUNK_SIZE = 256
 MAX_WIDTH = 256
 """Head width that the kernels take."""
 
+# Older GPUs are beyond what Triton supports: no matrix instructions, and too little shared memory.
+_CAPABILITY = (8, 0)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -22,11 +24,18 @@ def unavailable(query: Tensor, key: Tensor) -> str | None:
     """Why the kernels cannot serve these tensors and what would help, or None if they can."""
     if not _is_installed():
         return "Triton is not installed; pip install 'drt-lm[kernels]'"
+    if _has_changed():
+        return "TRITON_INTERPRET has changed since Triton was imported; set it before Python starts"
     interpreted = _is_interpreted()
     if query.device.type != "cuda" and not interpreted:
         return (
             f"it runs on CUDA tensors and query is on {query.device}; on a CPU use "
             "backend='blocked', or set TRITON_INTERPRET=1 before Python starts to test the kernels"
+        )
+    if not interpreted and not _runs_on(query.device.index):
+        return (
+            "it needs a GPU of compute capability "
+            f"{_CAPABILITY[0]}.{_CAPABILITY[1]}; use backend='reference'"
         )
     if query.dtype not in _DTYPES:
         return f"it takes float16, bfloat16 and float32, query is {query.dtype}"
@@ -47,9 +56,22 @@ def _is_installed() -> bool:
 
 @torch.compiler.assume_constant_result
 def _is_interpreted() -> bool:
+    import triton
+
+    # As its own functions were made when it was imported.
+    return not isinstance(triton.language.sum, triton.JITFunction)
+
+
+@torch.compiler.assume_constant_result
+def _has_changed() -> bool:
     from triton import knobs
 
-    return knobs.runtime.interpret
+    return knobs.runtime.interpret != _is_interpreted()
+
+
+@torch.compiler.assume_constant_result
+def _runs_on(device_index: int | None) -> bool:
+    return torch.cuda.get_device_capability(device_index) >= _CAPABILITY
 
 
 def run(

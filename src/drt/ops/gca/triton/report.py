@@ -60,10 +60,8 @@ class Shape(NamedTuple):
     """Whether chunks have lengths."""
     in_order: bool = False
     """Whether the memory is what was retrieved, as in decoding."""
-    chunks: int = 256
-    """Chunks of queries, and of the memory unless it is in order."""
-    topk: int = 8
-    """K."""
+    C: int = 256
+    K: int = 8
 
 
 SHAPES = {
@@ -76,13 +74,15 @@ SHAPES = {
     "fp16": Shape(dtype=torch.float16),
     "fp32": Shape(dtype=torch.float32),
     "fp32 D 128": Shape(D=128, dtype=torch.float32),
+    "fp32 D 256": Shape(Q=48, H=8, G=8, D=256, dtype=torch.float32),
     "chunk encoder": Shape(Q=65, S=65, in_order=True),
     "S 256": Shape(S=256, Q=256),
     "D 256": Shape(D=256, H=8, G=8),
     "D 80, S 33": Shape(D=80, S=33, Q=34, ragged=True),
-    "decoding": Shape(Q=1, in_order=True, chunks=1),
-    "decoding, H 32 G 8 D 128": Shape(Q=4, H=32, G=8, D=128, in_order=True, ragged=True, chunks=1),
-    "one of each": Shape(Q=1, H=1, G=1, S=1, D=1, chunks=1, topk=1),
+    "decoding": Shape(Q=1, in_order=True),
+    "decoding, H 32 G 8 D 128": Shape(Q=4, H=32, G=8, D=128, in_order=True, ragged=True),
+    "one slot": Shape(Q=1, H=1, G=1, S=128, D=16, C=1, K=1),
+    "one shared segment": Shape(G=2, H=2, D=32, S=32, C=2),
 }
 
 
@@ -116,11 +116,10 @@ def launches(shape: Shape, arch: int) -> list[launch.Launch]:
 
 
 def _call(shape: Shape, gpu: Gpu) -> launch.Call:
-    chunks, topk = shape.chunks, shape.topk
-
     def empty(*sizes: int, dtype: torch.dtype = shape.dtype) -> Tensor:
         return torch.empty(sizes, dtype=dtype, device="meta")
 
+    chunks, topk = shape.C, shape.K
     in_memory = chunks * topk if shape.in_order else chunks
     memory = empty(1, in_memory, shape.G, shape.S, shape.D).transpose(2, 3)
     indices = None if shape.in_order else empty(1, chunks, topk, dtype=torch.int64)
@@ -140,11 +139,14 @@ def _call(shape: Shape, gpu: Gpu) -> launch.Call:
 
 def compile_launch(step: launch.Launch, arch: int) -> Any:
     """Compile a launch for sm_`arch` as Triton's launcher would specialize it."""
+    names = step.kernel.arg_names
+    constants = {p.name for p in step.kernel.params if p.is_constexpr}
+    typed = {p.name for p in step.kernel.params if p.do_not_specialize}
     signature, constexprs, attributes = {}, {}, {}
-    for position, parameter in enumerate(step.kernel.params):
-        name = parameter.name
-        kind, divisible = _kind(step.arguments[name], special=not parameter.do_not_specialize)
-        fixed = parameter.is_constexpr or kind is None
+    for position, name in enumerate(names):
+        argument = step.arguments[name]
+        kind, divisible = (_integer(argument), False) if name in typed else _kind(argument)
+        fixed = name in constants or kind is None
         signature[name] = "constexpr" if fixed else kind
         if fixed:
             constexprs[name] = step.arguments[name]
@@ -155,18 +157,19 @@ def compile_launch(step: launch.Launch, arch: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def _kind(argument: Any, *, special: bool) -> tuple[str | None, bool]:
-    """Type of an argument, None if it is compiled in, and whether it is a multiple of 16.
-
-    Of a number both are found out only where it is `special`.
-    """
-    if argument is None or (special and isinstance(argument, int) and argument == 1):
+def _kind(argument: Any) -> tuple[str | None, bool]:
+    """Type of an argument, None if it is compiled in, and whether it is a multiple of 16."""
+    if argument is None or (isinstance(argument, int) and argument == 1):
         return None, False
     if isinstance(argument, Tensor):
         return _POINTERS[argument.dtype], True
     if isinstance(argument, int):
-        return "i32" if abs(argument) < 2**31 else "i64", special and argument % 16 == 0
+        return _integer(argument), argument % 16 == 0
     return "fp32", False
+
+
+def _integer(number: int) -> str:
+    return "i32" if abs(number) < 2**31 else "i64"
 
 
 def resources(compiled: Any) -> Resources:

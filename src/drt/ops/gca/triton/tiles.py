@@ -81,10 +81,13 @@ def query_tiles(sizes: Sizes, kernel: Kernel) -> Tiles:
     few, many = (kernel.few, kernel.many) if gpu.reads_shared else (4096, kernel.many // 2)
     if block_size > 64 or itemsize > 2 or sum(blocks) * block_width > few:
         num_warps = 8
-        # Float32 products are emulated with registers of their own.
-        most = 32 if itemsize > 2 else max(1, many // block_width // 64) * 64
+        most, spare = max(1, many // block_width // 64) * 64, _SMALLEST
+        if itemsize > 2:
+            # Float32 products are emulated with registers of their own, and what does not fit there
+            # passes through shared memory, on top of what is kept in it.
+            most, spare = 32 if gpu.reads_shared or block_width <= 128 else 16, 0
         # A little more is taken along rather than left to a program of its own.
-        parts = max(1, -(-(rows - _SMALLEST) // most))
+        parts = max(1, -(-(rows - spare) // most))
         blocks = row_blocks(-(-rows // parts), min(most, 128))
         parts = -(-rows // sum(blocks))
     kept = kernel.operands * sum(blocks) * block_width * itemsize

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from drt.ops.gca.triton.kernels.tile import (
-    VARIABLE,
+    COUNTS,
     extend_softmax,
     load_rows,
     load_tile,
@@ -28,7 +28,7 @@ from drt.ops.gca.triton.kernels.tile import (
 )
 
 
-@triton.jit(do_not_specialize=VARIABLE)
+@triton.jit(do_not_specialize=COUNTS)
 def query_kernel(
     query, key, value, indices, weights, lengths, grad, d_query, d_weights, row_sums,
     q_b, q_c, q_q, q_h, q_d, k_b, k_m, k_s, k_g, k_d, v_b, v_m, v_s, v_g, v_d,
@@ -142,7 +142,7 @@ def store_row_sums(base, first, rows, sums, BLOCK: tl.constexpr):
     tl.store(base + row, sums, mask=row < rows)
 
 
-@triton.jit(do_not_specialize=VARIABLE)
+@triton.jit(do_not_specialize=COUNTS)
 def memory_kernel(
     query, key, value, weights, lengths, grad, d_key, d_value, d_partial, row_sums,
     order, starts, sources, segments, partials,
@@ -248,7 +248,7 @@ def add_rows(
     return d_keys, d_values
 
 
-@triton.jit(do_not_specialize=VARIABLE)
+@triton.jit(do_not_specialize=COUNTS)
 def reduce_kernel(
     d_partial, d_key, d_value, segments, partials,
     x_b, x_m, x_s, x_g, x_d, y_b, y_m, y_s, y_g, y_d, G, M, num_sources, num_partials,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from drt.ops.gca.triton.kernels.tile import (
-    VARIABLE,
+    COUNTS,
     extend_softmax,
     load_rows,
     load_tokens,
@@ -24,7 +24,7 @@ from drt.ops.gca.triton.kernels.tile import (
 )
 
 
-@triton.jit(do_not_specialize=VARIABLE)
+@triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
     query, key, value, indices, weights, lengths, output,
     q_b, q_c, q_q, q_h, q_d, k_b, k_m, k_s, k_g, k_d, v_b, v_m, v_s, v_g, v_d,

@@ -8,9 +8,9 @@ Offsets are 64 bits wide: a memory of 16M tokens has more than 2 ** 31 numbers.
 import triton
 import triton.language as tl
 
-# Sizes that vary from call to call: a kernel is not compiled again for a 1 or a multiple of 16.
-VARIABLE = ("C", "M", "K", "num_pairs", "num_sources", "num_segments", "num_partials")
-
+# Counts that change from call to call. A kernel would be compiled anew for those that are 1 or
+# multiples of 16; and one that is 1 would be a Python number, without a type.
+COUNTS = ("C", "M", "num_pairs", "num_sources", "num_segments", "num_partials")
 # Below every score but finite, so that a row without any key has exp2(-inf - LOWEST) = 0.
 LOWEST = tl.constexpr(-1e30)
 
