@@ -7,7 +7,7 @@ Shapes use the letters of docs/method.md: B rows, P positions, E width, H and G 
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -227,7 +227,7 @@ class DRTDecoderLayer(GradientCheckpointingLayer):
         layout: SegmentLayout,
         cache: WindowCache | None = None,
         chunks: RetrievedChunks | None = None,
-    ) -> Tensor:
+    ) -> Any:
         """`forward` with its hooks; after `compile`, compiled in training without a cache only.
 
         A graph that extends a cache would hold the lengths of its rows as constants, and a new one
@@ -264,7 +264,7 @@ class DRTEncoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = DRTRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = DRTMLP(config)
 
-    def __call__(self, hidden: Tensor, rotary: Rotary | None, lengths: Tensor | None) -> Tensor:
+    def __call__(self, hidden: Tensor, rotary: Rotary | None, lengths: Tensor | None) -> Any:
         """`forward` with its hooks; after `compile`, compiled in training only."""
         if self.training:
             return super().__call__(hidden, rotary, lengths)

@@ -86,9 +86,8 @@ class _Blocked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         wants = ctx.needs_input_grad
-        found = _backward(
-            _Inputs(*ctx.saved_tensors, ctx.options), grads[0], (*wants[:3], wants[4])
-        )
+        inputs = _Inputs._make((*ctx.saved_tensors, ctx.options))
+        found = _backward(inputs, grads[0], (*wants[:3], wants[4]))
         return found.query, found.key, found.value, None, found.weights, None, None
 
 
@@ -208,7 +207,7 @@ def _has_work(query: Tensor, key: Tensor, indices: Tensor) -> bool:
 
 def _backward_in_stripes(inputs: _Inputs, grad: Tensor, found: Gradients) -> None:
     """Run the backward on as many heads at a time as there is room to accumulate."""
-    query, key, value, *others = inputs
+    query, key, value = inputs[:3]
     kv_heads, stripe = key.shape[3], _heads_per_stripe(key)
     per_kv_head = query.shape[3] // kv_heads
     for first in range(0, kv_heads, stripe):
@@ -220,8 +219,10 @@ def _backward_in_stripes(inputs: _Inputs, grad: Tensor, found: Gradients) -> Non
             None if found.value is None else found.value[..., kv, :],
             found.weights,
         )
-        work = BlockedPass(query[..., heads, :], key[..., kv, :], value[..., kv, :], *others)
-        work.backward(grad[..., heads, :], part)
+        work = inputs._replace(
+            query=query[..., heads, :], key=key[..., kv, :], value=value[..., kv, :]
+        )
+        BlockedPass(*work).backward(grad[..., heads, :], part)
 
 
 def _heads_per_stripe(key: Tensor) -> int:
