@@ -1,6 +1,7 @@
 """Compiled layers: the same numbers, few graphs, and nothing else of the model changes."""
 
 import copy
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -183,8 +184,6 @@ def test_a_higher_limit_of_graphs_stays() -> None:
 
 
 def losses(config: RunConfig) -> list[float]:
-    import json
-
     lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines]
 
