@@ -240,6 +240,23 @@ class DRTDecoderLayer(GradientCheckpointingLayer):
         if upper:
             self.cross_attn_layernorm = DRTRMSNorm(config.hidden_size, config.rms_norm_eps)
 
+    def __call__(
+        self,
+        hidden: Tensor,
+        rotary: Rotary | None,
+        layout: SegmentLayout,
+        cache: WindowCache | None = None,
+        chunks: RetrievedChunks | None = None,
+    ) -> Any:
+        """`forward` with its hooks; after `compile`, compiled in training without a cache only.
+
+        A graph that extends a cache would hold the lengths of its rows as constants, and a new one
+        would be compiled for each step of decoding.
+        """
+        if self.training and cache is None:
+            return super().__call__(hidden, rotary, layout, cache, chunks)
+        return self._call_impl(hidden, rotary, layout, cache, chunks)
+
     def forward(
         self,
         hidden: Tensor,
@@ -266,6 +283,12 @@ class DRTEncoderLayer(GradientCheckpointingLayer):
         self.self_attn = ChunkAttention(config)
         self.post_attention_layernorm = DRTRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = DRTMLP(config)
+
+    def __call__(self, hidden: Tensor, rotary: Rotary | None, lengths: Tensor | None) -> Any:
+        """`forward` with its hooks; after `compile`, compiled in training only."""
+        if self.training:
+            return super().__call__(hidden, rotary, lengths)
+        return self._call_impl(hidden, rotary, lengths)
 
     def forward(self, hidden: Tensor, rotary: Rotary | None, lengths: Tensor | None) -> Tensor:
         """(B, C, S + 1, E) -> (B, C, S + 1, E); chunks have (B, C) `lengths` positions."""

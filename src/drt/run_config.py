@@ -67,6 +67,8 @@ class TrainingConfig:
     """Weight of the mean loss on the first token of each answer, beside that on all of them."""
     gradient_checkpointing: bool = False
     """Whether to recompute layers in backward instead of keeping their activations."""
+    compile_layers: bool = False
+    """Whether to compile the layers in the first steps, which needs a C++ compiler on CPU."""
     log_every: int = 25
     """Steps between lines of metrics.jsonl."""
     save_every: int = 500

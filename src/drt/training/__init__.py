@@ -9,6 +9,7 @@ from drt.run_config import (
     load_config,
     save_config,
 )
+from drt.training.compilation import compile_layers
 from drt.training.run import train
 from drt.training.trainer import NeedleTrainer
 
@@ -19,6 +20,7 @@ __all__ = [
     "Stage",
     "TaskMix",
     "TrainingConfig",
+    "compile_layers",
     "load_config",
     "save_config",
     "train",

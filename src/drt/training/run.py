@@ -17,6 +17,7 @@ from drt.data import Corpus, load_corpus, load_tokenizer
 from drt.modeling import DRTForCausalLM
 from drt.precision import uses_bfloat16
 from drt.run_config import CONFIG_FILE, RunConfig, load_config, save_config
+from drt.training.compilation import compile_layers
 from drt.training.curriculum import Curriculum, NeedleBatches
 from drt.training.evaluate import NeedleEvaluation
 from drt.training.trainer import (
@@ -85,6 +86,8 @@ def train(
     save_config(config, folder / CONFIG_FILE)
     if config.training.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    if config.training.compile_layers:
+        compile_layers(model)
     curriculum = Curriculum(config.stages)
     trainer = NeedleTrainer(
         model=model,

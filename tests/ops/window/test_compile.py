@@ -4,12 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from drt.chunking import ChunkRules, Cursor, Marks, plan_segment
 from drt.layers import DRTDecoderLayer, rotary_factors
-from drt.ops.window import flex, sliding_window_attention, varlen
+from drt.ops.window import banded, flex, sliding_window_attention, varlen
 from drt.testing import tiny_config
 
 
@@ -53,8 +54,58 @@ def test_banded_forward_and_backward(kind: str, alibi: bool) -> None:
     for call in (attend, compiled):
         out = call(*leaves, firsts=first_keys(kind))
         results.append([out, *torch.autograd.grad(out, leaves, grad)])
-    # aot_eager runs the same operators in the same order; masks of nothing change nothing
+    # The same code on the same numbers.
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+@with_alibi
+def test_banded_is_an_operator(alibi: bool) -> None:
+    *tensors, grad = draw()
+    slopes = torch.tensor([1.0, 0.5, 0.25, 0.125]) if alibi else None
+    firsts = torch.arange(20).expand(2, -1) // 6 * 6 if alibi else None
+    options = (16, 0.5, slopes, firsts)
+    leaves = [x[:, :20].detach().requires_grad_() for x in tensors]
+    torch.library.opcheck(banded.attend, (*leaves, *options))
+    inputs = [x.detach() for x in (grad[:, :20], *leaves)]
+    for wants in ([True, False, True], [False, True, False]):
+        torch.library.opcheck(banded.attend_backward, (*inputs, *options, wants))
+
+
+def test_banded_computes_only_what_is_wanted() -> None:
+    *tensors, grad = draw()
+    query, key, value = tensors
+    key.requires_grad_()
+    compiled = torch.compile(_attend, backend="aot_eager", fullgraph=True)
+    empty = []
+    backward = banded._backward_part
+
+    def note(*arguments: Any, **options: Any) -> None:
+        empty.append([x is None for x in arguments[4:]])
+        backward(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(banded, "_backward_part", note)
+        results = [
+            torch.autograd.grad(call(query, key, value), key, grad) for call in (_attend, compiled)
+        ]
+    assert torch.equal(*(x for (x,) in results))
+    assert empty
+    assert all(x == [True, False, True] for x in empty)
+
+
+def _attend(*tensors: Tensor) -> Tensor:
+    return sliding_window_attention(*tensors, window=16)
+
+
+def test_one_graph_of_banded_serves_rows_of_any_length() -> None:
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(_attend, backend=graphs, fullgraph=True, dynamic=True)
+    # No two sizes are equal: what is equal at first would have to stay so.
+    for rows, length in ((3, 100), (5, 157), (7, 33)):
+        tensors = [torch.randn(rows, length, heads, 8).requires_grad_() for heads in (4, 2, 2)]
+        pairs = [torch.autograd.grad(f(*tensors).sum(), tensors) for f in (_attend, compiled)]
+        assert all(torch.equal(x, y) for x, y in zip(*pairs, strict=True))
+    assert graphs.frame_count == 1
 
 
 @kinds

@@ -1,11 +1,12 @@
 """Grouped cross-attention on CPU: a few chunks at a time, so that every temporary stays in cache.
 
-This file is the autograd function, `blocks.py` the arithmetic of a block, `slots.py` what a block
-reads; `decode.py` is a shorter way for a few queries without gradient. Only the inputs are kept for
-the backward.
+This file is the autograd function, and the same as an operator for compiled graphs; `blocks.py` is
+the arithmetic of a block, `slots.py` what a block reads; `decode.py` is a shorter way for a few
+queries without gradient. Only the inputs are kept for the backward.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +38,9 @@ def blocked(
     The results of GEMMs, scores among them, are rounded to query's dtype; sums inside a GEMM, the
     softmax and the accumulation of gradients are float32 (float64 for float64 inputs).
     """
+    if torch.compiler.is_compiling():
+        # What a block reads depends on the numbers of the indices, which no graph knows.
+        return attend(query, key, value, indices, weights, key_lengths, scale, softmax_plus_one)
     options = Options(scale, softmax_plus_one)
     inputs = (query, key, value, weights)
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
@@ -48,6 +52,18 @@ def blocked(
     return _Blocked.apply(  # pyright: ignore[reportReturnType]
         query, key, value, indices, weights, key_lengths, options
     )
+
+
+class _Inputs(NamedTuple):
+    """The arguments of `BlockedPass`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    indices: Tensor
+    weights: Tensor
+    key_lengths: Tensor | None
+    options: Options
 
 
 class _Blocked(torch.autograd.Function):
@@ -64,41 +80,134 @@ class _Blocked(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(query, key, value, indices, weights, key_lengths)
         ctx.options = options
-        output = query.new_empty(query.shape)
-        if not _has_work(query, key, indices):
-            return output.zero_()
-        BlockedPass(query, key, value, indices, weights, key_lengths, options).forward(output)
-        return output
+        return _forward(_Inputs(query, key, value, indices, weights, key_lengths, options))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, indices, weights, key_lengths = ctx.saved_tensors
         wants = ctx.needs_input_grad
-        found = Gradients(
-            query.new_empty(query.shape) if wants[0] else None,
-            new_memory_gradient(key) if wants[1] else None,
-            new_memory_gradient(value) if wants[2] else None,
-            weights.new_zeros(weights.shape, dtype=accumulation_dtype(query)) if wants[4] else None,
-        )
-        if _has_work(query, key, indices):
-            inputs = (query, key, value, indices, weights, key_lengths, ctx.options)
-            _backward_in_stripes(inputs, grads[0], found)
-        else:
-            for gradient in found:
-                if gradient is not None:
-                    gradient.zero_()
-        d_weights = None if found.weights is None else found.weights.to(weights.dtype)
-        return found.query, found.key, found.value, None, d_weights, None, None
+        inputs = _Inputs._make((*ctx.saved_tensors, ctx.options))
+        found = _backward(inputs, grads[0], (*wants[:3], wants[4]))
+        return found.query, found.key, found.value, None, found.weights, None, None
+
+
+@torch.library.custom_op("drt::blocked_cross_attention", mutates_args=())
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor | None,
+    weights: Tensor,
+    key_lengths: Tensor | None,
+    scale: float,
+    softmax_plus_one: bool,
+) -> Tensor:
+    """`_Blocked` as one operator of a compiled graph; arguments as of `blocked`."""
+    indices = in_order(weights) if indices is None else indices
+    options = Options(scale, softmax_plus_one)
+    return _forward(_Inputs(query, key, value, indices, weights, key_lengths, options))
+
+
+@attend.register_fake
+def _(query: Tensor, *_: Any) -> Tensor:
+    return query.new_empty(query.shape)
+
+
+@torch.library.custom_op("drt::blocked_cross_attention_backward", mutates_args=())
+def attend_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor | None,
+    weights: Tensor,
+    key_lengths: Tensor | None,
+    scale: float,
+    softmax_plus_one: bool,
+    wants: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and weights; empty where `wants` says that none is wanted."""
+    indices = in_order(weights) if indices is None else indices
+    options = Options(scale, softmax_plus_one)
+    inputs = _Inputs(query, key, value, indices, weights, key_lengths, options)
+    found = _backward(inputs, grad, wants)
+    d_query, d_key, d_value, d_weights = (query.new_empty(0) if x is None else x for x in found)
+    return d_query, d_key, d_value, d_weights
+
+
+@attend_backward.register_fake
+def _(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor | None,
+    weights: Tensor,
+    key_lengths: Tensor | None,
+    scale: float,
+    softmax_plus_one: bool,
+    wants: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        query.new_empty(query.shape if wants[0] else 0),
+        new_memory_gradient(key) if wants[1] else query.new_empty(0),
+        new_memory_gradient(value) if wants[2] else query.new_empty(0),
+        weights.new_empty(weights.shape) if wants[3] else query.new_empty(0),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, scale, softmax_plus_one = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.options = (scale, softmax_plus_one)
+
+
+def _attend_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad
+    wants = [*needs[:3], needs[4]]
+    found = attend_backward(grad, *ctx.saved_tensors, *ctx.options, wants)
+    query, key, value, weights = (x if want else None for x, want in zip(found, wants, strict=True))
+    return query, key, value, None, weights, None, None, None
+
+
+attend.register_autograd(_attend_backward, setup_context=_save)
+
+
+def _forward(inputs: _Inputs) -> Tensor:
+    output = inputs.query.new_empty(inputs.query.shape)
+    if not _has_work(inputs.query, inputs.key, inputs.indices):
+        return output.zero_()
+    BlockedPass(*inputs).forward(output)
+    return output
+
+
+def _backward(inputs: _Inputs, grad: Tensor, wants: Sequence[bool]) -> Gradients:
+    """The gradients of query, key, value and weights that are wanted, in their dtypes."""
+    query, key, value, indices, weights, *_ = inputs
+    found = Gradients(
+        query.new_empty(query.shape) if wants[0] else None,
+        new_memory_gradient(key) if wants[1] else None,
+        new_memory_gradient(value) if wants[2] else None,
+        weights.new_zeros(weights.shape, dtype=accumulation_dtype(query)) if wants[3] else None,
+    )
+    if _has_work(query, key, indices):
+        _backward_in_stripes(inputs, grad, found)
+    else:
+        for gradient in found:
+            if gradient is not None:
+                gradient.zero_()
+    if found.weights is None:
+        return found
+    return found._replace(weights=found.weights.to(weights.dtype))
 
 
 def _has_work(query: Tensor, key: Tensor, indices: Tensor) -> bool:
     return query.numel() > 0 and key.numel() > 0 and indices.numel() > 0
 
 
-def _backward_in_stripes(inputs: tuple[Any, ...], grad: Tensor, found: Gradients) -> None:
+def _backward_in_stripes(inputs: _Inputs, grad: Tensor, found: Gradients) -> None:
     """Run the backward on as many heads at a time as there is room to accumulate."""
-    query, key, value, *others = inputs
+    query, key, value = inputs[:3]
     kv_heads, stripe = key.shape[3], _heads_per_stripe(key)
     per_kv_head = query.shape[3] // kv_heads
     for first in range(0, kv_heads, stripe):
@@ -110,8 +219,10 @@ def _backward_in_stripes(inputs: tuple[Any, ...], grad: Tensor, found: Gradients
             None if found.value is None else found.value[..., kv, :],
             found.weights,
         )
-        work = BlockedPass(query[..., heads, :], key[..., kv, :], value[..., kv, :], *others)
-        work.backward(grad[..., heads, :], part)
+        work = inputs._replace(
+            query=query[..., heads, :], key=key[..., kv, :], value=value[..., kv, :]
+        )
+        BlockedPass(*work).backward(grad[..., heads, :], part)
 
 
 def _heads_per_stripe(key: Tensor) -> int:

@@ -4,8 +4,12 @@ Inside, heads are folded into the batch (X = B * G) and the R = H // G query hea
 key head are folded into the rows: queries are (X, T * R, D), keys and values (X, N, D), so a
 block of queries and the keys in its reach are plain slices and each product is one bmm. Products
 are written with `out=` or in place, because autocast leaves those in the dtype of their operands.
+
+In a compiled graph the loop is one operator, forward and backward: traced, it would be unrolled for
+one length of the rows, and compiled again for each other.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -51,11 +55,15 @@ def banded_window_attention(
     band = Band(window, scale, alibi_slopes, first_keys)
     wants_grad = query.requires_grad or key.requires_grad or value.requires_grad
     if torch.is_grad_enabled() and wants_grad:
+        if torch.compiler.is_compiling():
+            return attend(query, key, value, *band)
         return _BandedAttention.apply(query, key, value, band)
     if _is_plain_step(query, band):
         return _attend_from_one(query, key, value, scale)
     if query.shape[1] <= DECODE_QUERIES:
         return _decode(query, key, value, band)
+    if torch.compiler.is_compiling():
+        return attend(query, key, value, *band)
     return _forward(query, key, value, band)
 
 
@@ -70,14 +78,81 @@ class _BandedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # Unpacked once: under gradient checkpointing a second look would recompute the layer.
-        saved = query, key, value = ctx.saved_tensors
-        wanted = zip(saved, ctx.needs_input_grad, strict=False)
-        results = [_empty(x) if needed else None for x, needed in wanted]
-        plan = make_plan(query, key, ctx.band)
-        tensors = (query, key, value, grads[0], *results)
-        for part, part_plan in parts(tensors, plan):
-            _backward_part(*part, plan=part_plan)
-        return *results, None
+        return *_backward(grads[0], ctx.saved_tensors, ctx.band, ctx.needs_input_grad), None
+
+
+@torch.library.custom_op("drt::banded_window_attention", mutates_args=())
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int,
+    scale: float,
+    alibi_slopes: Tensor | None,
+    first_keys: Tensor | None,
+) -> Tensor:
+    """`_BandedAttention` as one operator of a compiled graph; the last four are a `Band`."""
+    return _forward(query, key, value, Band(window, scale, alibi_slopes, first_keys))
+
+
+@attend.register_fake
+def _(query: Tensor, *_: Any) -> Tensor:
+    return _empty(query)
+
+
+@torch.library.custom_op("drt::banded_window_attention_backward", mutates_args=())
+def attend_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int,
+    scale: float,
+    alibi_slopes: Tensor | None,
+    first_keys: Tensor | None,
+    wants: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value; empty where `wants` says that none is wanted."""
+    band = Band(window, scale, alibi_slopes, first_keys)
+    found = _backward(grad, (query, key, value), band, wants)
+    d_query, d_key, d_value = (query.new_empty(0) if x is None else x for x in found)
+    return d_query, d_key, d_value
+
+
+@attend_backward.register_fake
+def _(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int,
+    scale: float,
+    alibi_slopes: Tensor | None,
+    first_keys: Tensor | None,
+    wants: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    wanted = zip((query, key, value), wants, strict=True)
+    d_query, d_key, d_value = (_empty(x) if want else x.new_empty(0) for x, want in wanted)
+    return d_query, d_key, d_value
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    query, key, value, window, scale, alibi_slopes, first_keys = inputs
+    ctx.save_for_backward(query, key, value, alibi_slopes, first_keys)
+    ctx.window, ctx.scale = window, scale
+
+
+def _attend_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    query, key, value, alibi_slopes, first_keys = ctx.saved_tensors
+    wants = list(ctx.needs_input_grad[:3])
+    found = attend_backward(
+        grad, query, key, value, ctx.window, ctx.scale, alibi_slopes, first_keys, wants
+    )
+    wanted = (x if want else None for x, want in zip(found, wants, strict=True))
+    return *wanted, None, None, None, None
+
+
+attend.register_autograd(_attend_backward, setup_context=_save)
 
 
 def _is_plain_step(query: Tensor, band: Band) -> bool:
@@ -132,6 +207,18 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, band: Band) -> Tensor:
     for part, plan in parts((query, key, value, out), make_plan(query, key, band)):
         _forward_part(*part, plan=plan)
     return out
+
+
+def _backward(
+    grad: Tensor, inputs: Sequence[Tensor], band: Band, wants: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients of query, key and value that are wanted."""
+    query, key, value = inputs
+    results = [_empty(x) if want else None for x, want in zip(inputs, wants, strict=False)]
+    tensors = (query, key, value, grad, *results)
+    for part, plan in parts(tensors, make_plan(query, key, band)):
+        _backward_part(*part, plan=plan)
+    return results
 
 
 def _forward_part(query: Tensor, key: Tensor, value: Tensor, out: Tensor, *, plan: Plan) -> None:
