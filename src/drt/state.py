@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from drt.chunking import Cursor, SegmentLayout
+from drt.chunking import Cursor, Marks, SegmentLayout
 from drt.configuration import DRTConfig
 from drt.memory import ChunkMemory, DeviceMemory
 from drt.retrieval import RetrievedChunks
-
-if TYPE_CHECKING:
-    from drt.decoding_graph import DecodingGraph
 
 # Ids by which a text that was read is recognized.
 _NUM_RECENT = 64
@@ -129,6 +126,22 @@ class CurrentRetrieval(NamedTuple):
         return CurrentRetrieval(self.numbers[rows], chunks)
 
 
+class PlainSteps(Protocol):
+    """What may take some steps in place of the ordinary forward: a `DecodingGraph`."""
+
+    def covers(self, input_ids: Tensor, marks: Marks) -> bool:
+        """Whether it takes this step."""
+        ...
+
+    def step(self, input_ids: Tensor, marks: Marks) -> Tensor:
+        """Take it and return the logits."""
+        ...
+
+    def settle(self) -> None:
+        """Write what the steps changed back to the state."""
+        ...
+
+
 class DRTState(Cache):
     """What `DRTForCausalLM` carries from one forward to the next; made by `model.new_state()`.
 
@@ -156,7 +169,7 @@ class DRTState(Cache):
         self.num_columns = 0
         """Columns of ids read, padding among them."""
         self._recent_ids: list[Tensor] = []
-        self.decoding_graph: DecodingGraph | None = None
+        self.decoding_graph: PlainSteps | None = None
         """What takes the plain steps of decoding for this state; None = the ordinary forward."""
 
     # A decoding graph has windows and open chunks in buffers of its own: whoever asks gets them.

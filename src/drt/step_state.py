@@ -5,18 +5,14 @@ See `decoding_graph.py` for what it is for.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
+from transformers.modeling_utils import PreTrainedModel
 
 from drt.chunking import SegmentLayout
 from drt.configuration import DRTConfig
 from drt.retrieval import RetrievedChunks
 from drt.state import CurrentRetrieval, DRTState, WindowCache, WindowKeys
-
-if TYPE_CHECKING:
-    from drt.modeling import DRTForCausalLM
 
 
 class RowCounts:
@@ -127,12 +123,13 @@ class StepState(DRTState):
     """A `DRTState` of fixed tensors: one plain step reads and writes the same memory as the next.
 
     Args:
-        model: whose steps they are.
+        model: the `DRTForCausalLM` whose steps they are.
         batch_size: rows.
     """
 
-    def __init__(self, model: DRTForCausalLM, batch_size: int) -> None:
+    def __init__(self, model: PreTrainedModel, batch_size: int) -> None:
         config = model.config
+        assert isinstance(config, DRTConfig)
         super().__init__(config, batch_size)
         kind = {"dtype": model.dtype, "device": model.device}
         self._window = config.sliding_window

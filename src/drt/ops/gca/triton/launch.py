@@ -163,8 +163,10 @@ def memory_launches(
     """Write the gradients of key and value, after `query_launch`."""
     tiles = memory_tiles(call.tiled)
     num_segments, num_sources = inverse.sources.shape[0], call.key.shape[0] * call.key.shape[1]
+    # Chunks in order are retrieved once each.
+    num_partials = 0 if call.indices is None else inverse.num_partials
     d_partial = call.weights.new_empty(
-        2, inverse.num_partials, call.kv_heads, call.key.shape[2], call.key.shape[4]
+        2, num_partials, call.kv_heads, call.key.shape[2], call.key.shape[4]
     )
     block, last = tiles.blocks
     shared = {
@@ -176,7 +178,7 @@ def memory_launches(
         **_strides("x", "bmsgd", d_key),
         **_strides("y", "bmsgd", d_value),
         "num_sources": num_sources,
-        "num_partials": inverse.num_partials,
+        "num_partials": num_partials,
     }
     arguments = {
         **call.arguments(tiles),
@@ -204,10 +206,10 @@ def memory_launches(
         "num_stages": tiles.num_stages,
     }
     planes = call.kv_heads * tiles.splits
-    return [
-        Launch(memory_kernel, num_segments * planes, arguments),
-        Launch(reduce_kernel, num_sources * planes, sums),
-    ]
+    found = [Launch(memory_kernel, num_segments * planes, arguments)]
+    if num_partials:
+        found.append(Launch(reduce_kernel, num_sources * planes, sums))
+    return found
 
 
 def _strides(letter: str, dimensions: str, tensor: Tensor) -> dict[str, int]:
