@@ -126,8 +126,10 @@ class TokenRows(Dataset[dict[str, torch.Tensor]]):
     def _epoch(self, epoch: int) -> tuple[Permutation, int]:
         """The order of an epoch's rows, and the first token of the first row where packed."""
         if self._order is None or self._order[0] != epoch:
-            slack = self.split.num_tokens - self.num_rows * self.length
-            offset = Permutation(slack + 1, self.seed, epoch, _OFFSET)(0)
+            offset = 0
+            if self.documents != "apart":
+                slack = self.split.num_tokens - self.num_rows * self.length
+                offset = Permutation(slack + 1, self.seed, epoch, _OFFSET)(0)
             self._order = (epoch, Permutation(self.num_rows, self.seed, epoch, _ORDER), offset)
         return self._order[1:]
 
