@@ -80,8 +80,10 @@ def _prepare(options: argparse.Namespace) -> None:
     from drt.data.tokenization import is_byte_tokenizer, load_tokenizer
 
     config = _config(options)
+    # What is quick to fail comes before what is downloaded.
+    sources = None if config.hub else find_sources(config, options.paths)
     tokenizer = load_tokenizer(config.tokenizer)
-    sources = find_sources(config, options.paths)
+    sources = sources or find_sources(config, options.paths)
     # Bytes are copied sooner than they are sent to another process.
     cores = 1 if is_byte_tokenizer(tokenizer) else len(os.sched_getaffinity(0))
     with _Bars() as bars:
