@@ -2,6 +2,8 @@
 
 import errno
 import json
+import lzma
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from drt.data import encode, load_tokenizer
+from drt.data.bpe import train_bpe
 from drt.data.prepared import (
     CorpusConfig,
     Manifest,
@@ -119,6 +122,19 @@ def encode_as_last(texts: list[str], token: int, dtype: Any) -> list[Any]:
     return [Encoded(np.array([token], dtype=dtype), len(text), 1) for text in texts]
 
 
+def test_the_size_of_pieces_does_not_matter(
+    corpus: Path,
+    tmp_path: Path,
+    bytes_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Words that a cut goes through are counted once, and documents do not run together."""
+    run(bytes_tokenizer, corpus, tmp_path / "whole")
+    monkeypatch.setattr(cutting, "PIECE_CHARACTERS", 3)
+    run(bytes_tokenizer, corpus, tmp_path / "cut")
+    assert content(tmp_path / "cut") == content(tmp_path / "whole")
+
+
 def killed(act: Callable[[], object]) -> bool:
     """Run something in a child; whether it was killed, and not done."""
     child = os.fork()
@@ -193,6 +209,26 @@ def test_the_number_of_processes_does_not_matter(
     for number in (1, 2):
         run(bpe_tokenizer, corpus, tmp_path / str(number), num_processes=number)
     assert content(tmp_path / "1") == content(tmp_path / "2")
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_an_error_and_no_loss(
+    corpus: Path,
+    tmp_path: Path,
+    bpe_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(encoding, "TASK_CHARACTERS", 500)
+
+    def kill(*_: object) -> None:
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    with pytest.raises(OSError, match=r"was killed; with fewer .*; \d+ whole shards are kept"):
+        run(bpe_tokenizer, corpus, tmp_path / "out", num_processes=2, on_progress=kill)
+    run(bpe_tokenizer, corpus, tmp_path / "out")
+    run(bpe_tokenizer, corpus, tmp_path / "whole")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
 def test_what_is_there_is_not_made_again(
@@ -320,11 +356,35 @@ def count_words(pieces: list[Piece]) -> int:
 
 
 def test_a_long_text_has_the_tokens_it_has_uncut(
-    bpe_tokenizer: PreTrainedTokenizerFast, texts: list[str], monkeypatch: pytest.MonkeyPatch
+    texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = "\n\n  ".join(texts)
-    wanted = encode(bpe_tokenizer, whole).tolist()
-    monkeypatch.setattr(cutting, "PIECE_CHARACTERS", 500)
+    """Also where white space about a line end is one token, which no cut may go through."""
+    whole = "".join(text + "\n" * (n % 4) + " " * (n % 7) for n, text in enumerate(texts * 2))
+    tokenizer = train_bpe([whole], 400)
+    wanted = encode(tokenizer, whole).tolist()
+    assert len(tokenizer.decode(max(wanted, key=lambda token: blanks(tokenizer, token)))) > 3
+    monkeypatch.setattr(cutting, "PIECE_CHARACTERS", 200)
     pieces = list(cut_pieces([whole], "name", Position(0, 1)))
+    assert len(pieces) > 100
+    assert [t for piece in pieces for t in encode(tokenizer, piece.text).tolist()] == wanted
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt-neox-20b"])
+@pytest.mark.parametrize("corpus_name", ["books", "math"])
+def test_real_tokenizers_split_no_word_at_a_cut(
+    real_data: Path, name: str, corpus_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = load_tokenizer(str(real_data / "tokenizers" / name))
+    with lzma.open(real_data / corpus_name / "validation.jsonl.xz", "rt") as file:
+        text = json.loads(next(file))["text"][:200_000]
+    monkeypatch.setattr(cutting, "PIECE_CHARACTERS", 2000)
+    pieces = list(cut_pieces([text], "name", Position(0, 1)))
     assert len(pieces) > 20
-    assert [t for piece in pieces for t in encode(bpe_tokenizer, piece.text).tolist()] == wanted
+    wanted = encode(tokenizer, text).tolist()
+    assert [t for piece in pieces for t in encode(tokenizer, piece.text).tolist()] == wanted
+
+
+def blanks(tokenizer: PreTrainedTokenizerFast, token: int) -> int:
+    """Characters of a token that is all white space."""
+    text = tokenizer.decode(token)
+    return len(text) if text.isspace() else 0

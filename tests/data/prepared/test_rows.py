@@ -182,11 +182,6 @@ def test_arguments_out_of_range(split: PreparedSplit) -> None:
             rows[index]
 
 
-@pytest.fixture(scope="module")
-def gpt2(real_data: Path) -> Path:
-    return real_data / "tokenizers" / "gpt2"
-
-
 def read_books(path: Path, count: int) -> Iterator[str]:
     import json
     import lzma

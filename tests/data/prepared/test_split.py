@@ -49,6 +49,20 @@ def test_any_stretch_of_tokens_and_documents(split: PreparedSplit, texts: list[s
         split.document(36)
 
 
+def test_a_last_shard_without_text(
+    tmp_path: Path, bytes_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    for name, text in (("a", "x" * 3000), ("b", ""), ("c", "")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    prepare(CONFIG, bytes_tokenizer, find_sources(CONFIG, [tmp_path]), tmp_path / "out")
+    split = PreparedSplit(tmp_path / "out" / "train")
+    assert [shard.empty_documents for shard in split.manifest.shards] == [0, 2]
+    assert [document.name for document in split.documents()] == ["a.txt"]
+    assert split.tokens(2999, 3000).tolist() == [120]
+    assert split.document_ids(2999, 3000).tolist() == [0]
+    verify_split(split.folder)
+
+
 def test_maps_are_not_sent_to_other_processes(split: PreparedSplit) -> None:
     before = len(pickle.dumps(split))
     wanted = split.tokens(0, split.num_tokens).tolist()

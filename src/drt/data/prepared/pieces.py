@@ -28,9 +28,10 @@ class Piece(NamedTuple):
 def cut_pieces(parts: Iterable[str], name: str, after: Position) -> Iterator[Piece]:
     """Cut a document into pieces of at most `PIECE_CHARACTERS`.
 
-    A cut is made behind a line that ends before the next line's first letter, where a byte-level
-    BPE never joins tokens: the pieces' tokens are those of the whole text. Where a mebicharacter
-    has no such line end the cut is made through it, and may cost a token.
+    A cut is made between a letter or digit and a single space. Tokenizers of the kinds of GPT-2 and
+    Llama begin a word there whatever comes before and after, so that the pieces' tokens are those
+    of the whole text. White space about a line end would not do: it is split by what follows it.
+    Where so many characters have no such space the cut is made at the last, and may cost a token.
 
     Args:
         parts: the document's text, in parts of any size.
@@ -50,9 +51,9 @@ def cut_pieces(parts: Iterable[str], name: str, after: Position) -> Iterator[Pie
 
 def _place(text: str, start: int, end: int) -> int:
     """Where between `start` and `end`, which is inside `text`, to cut."""
-    line = text.rfind("\n", start, end) + 1
-    while line > start:
-        if not text[line].isspace():
-            return line
-        line = text.rfind("\n", start, line - 1) + 1
+    space = text.rfind(" ", start + 1, end)
+    while space > start:
+        if text[space - 1].isalnum() and not text[space + 1].isspace():
+            return space
+        space = text.rfind(" ", start + 1, space)
     return end
