@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from drt.data.tokenization import encode, encode_with_offsets
-from drt.ingestion import Notes, tokenizer_fingerprint
+from drt.data.tokenization import encode, encode_with_offsets, tokenizer_fingerprint
+from drt.ingestion import Notes
 from drt.modeling import DRTForCausalLM
 from drt.passages import Passage, PassageLog
 from drt.retrieval import Retrieval

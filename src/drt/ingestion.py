@@ -7,7 +7,6 @@ on reads the same segments again, so the result is that of a reading that was ne
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from drt.chunking.cursor import plan_row
 from drt.data.streaming import STDIN, InputStream, TextInput, TextPiece
-from drt.data.tokenization import encode_with_offsets
+from drt.data.tokenization import encode_with_offsets, tokenizer_fingerprint
 from drt.memory import DiskMemory
 from drt.modeling import DRTForCausalLM
 from drt.passages import PassageLog
@@ -374,11 +373,3 @@ def _take(waiting: deque[_Block], count: int) -> list[_Block]:
         taken.append(block)
         count -= len(block.ids)
     return taken
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of the vocabulary: 32 hexadecimal digits."""
-    digest = hashlib.blake2b(digest_size=16)
-    for token, number in sorted(tokenizer.get_vocab().items()):
-        digest.update(f"{token}\0{number}\n".encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()

@@ -11,7 +11,7 @@ def find_config(name: str) -> Path:
     """A file's path, or the shipped configuration of that name.
 
     Args:
-        name: a path, or a shipped configuration's name such as "demo".
+        name: a path, or a shipped configuration's name such as "demo" or "data/pg19".
 
     Raises:
         ValueError: neither exists; the shipped names are listed.
@@ -23,7 +23,7 @@ def find_config(name: str) -> Path:
     shipped = folder / f"{name.removesuffix('.yaml')}.yaml"
     if shipped.is_file():
         return shipped
-    names = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+    names = ", ".join(sorted(file.stem for file in shipped.parent.glob("*.yaml")))
     raise ValueError(f"no configuration file {name}; shipped ones: {names}")
 
 

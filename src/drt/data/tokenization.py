@@ -1,5 +1,6 @@
 """Tokenizers: one token a byte, or any tokenizer that transformers can load."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -145,3 +146,11 @@ def encode_with_offsets(
     points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
     sizes = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
     return ids, np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])[ends]
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of the vocabulary: 32 hexadecimal digits."""
+    digest = hashlib.blake2b(digest_size=16)
+    for token, number in sorted(tokenizer.get_vocab().items()):
+        digest.update(f"{token}\0{number}\n".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
