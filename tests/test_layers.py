@@ -28,3 +28,16 @@ def test_what_inference_mode_made_can_be_trained_with() -> None:
     slopes = layers._slopes(29, CPU)
     assert not slopes.is_inference()
     assert torch.equal(slopes, layers.alibi_slopes(29))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_norms_are_computed_in_float32_and_rounded_once(dtype: torch.dtype) -> None:
+    norm = layers.DRTRMSNorm(96, 1e-6).to(dtype)
+    with torch.no_grad():
+        norm.weight.normal_(1.0, 0.1)
+    x = (3 * torch.randn(64, 96)).to(dtype)
+    wide = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    expected = wide * norm.weight.double()
+    # Half a unit in the last place of the result, and a few roundings of float32.
+    error = (norm(x).double() - expected).abs() / expected.abs()
+    assert error.max() <= torch.finfo(dtype).eps / 2 + 8 * torch.finfo(torch.float32).eps
