@@ -15,10 +15,10 @@ demo: $(STAMP)  ## train a DRT and its baseline, find needles in a million token
 	$(BIN)/drt demo
 
 test: $(STAMP)  ## the quick tests, under six minutes on two cores
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 test-all: $(STAMP)  ## every test, the slow ones too
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "slow or not slow"
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -m "slow or not slow"
 
 check: $(STAMP)  ## lint, format, types
 	$(BIN)/ruff check .
