@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from drt.memory.files import MemoryFormatError, sync_folder
+from drt.memory.files import MemoryFormatError, write_whole
 from drt.memory.records import STORAGE_DTYPES, RecordFormat
 from drt.memory.slabs import Layout, Scan
 
@@ -95,13 +94,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write the manifest: it is there in full or not at all."""
-        temporary = folder / "manifest.json.new"
-        with temporary.open("w") as file:
-            file.write(json.dumps(self.content(), indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(folder / "manifest.json")
-        sync_folder(folder)
+        write_whole(folder / "manifest.json", json.dumps(self.content(), indent=1) + "\n")
 
     @staticmethod
     def read(folder: Path) -> Manifest:

@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from drt.memory.files import sync_folder
+from drt.memory.files import write_whole
 
 FORMAT = "drt-tokens"
 VERSION = 1
 MANIFEST_FILE = "manifest.json"
-TEMPORARY_FILE = "manifest.json.new"
+# What `write_whole` leaves behind where it is killed.
+TEMPORARY_FILE = f"{MANIFEST_FILE}.new"
 
 # What two bytes can tell apart; larger vocabularies take four.
 NARROW_VOCABULARY = 1 << 16
@@ -115,13 +116,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write the manifest: it is there in full or not at all."""
-        temporary = folder / TEMPORARY_FILE
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(self.content(), indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(folder / MANIFEST_FILE)
-        sync_folder(folder)
+        write_whole(folder / MANIFEST_FILE, json.dumps(self.content(), indent=1) + "\n")
 
     @staticmethod
     def read(folder: Path) -> Manifest:
