@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from drt.chunking import Cursor, Marks, plan_segment, stays_open
+from drt.chunking import Cursor, Marks, advance_open, stays_open
 from drt.state import DRTState, WindowCache
 from drt.step_state import StepState
 
@@ -192,11 +192,10 @@ class DecodingGraph:
         self._ids.copy_(input_ids)
         logits = self._replayed() if self._is_cuda else self._run()
         steps.count_step()
-        rules, device = self.model.model.rules, self._ids.device
-        _, after = plan_segment(state.cursors, 1, rules=rules, marks=Marks(), device=device)
+        rules = self.model.model.rules
         state.cursors = [
-            new if reads else old
-            for new, old, reads in zip(after, state.cursors, active, strict=True)
+            advance_open(cursor, 1, rules) if reads else cursor
+            for cursor, reads in zip(state.cursors, active, strict=True)
         ]
         return logits
 

@@ -9,7 +9,7 @@ reads the layout and does no arithmetic of its own.
 from drt.chunking.cursor import Cursor
 from drt.chunking.grid import GridLayout
 from drt.chunking.layout import SegmentLayout
-from drt.chunking.plan import ChunkRules, Marks, plan_segment, stays_open
+from drt.chunking.plan import ChunkRules, Marks, advance_open, plan_segment, stays_open
 from drt.chunking.ragged import RaggedLayout
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Marks",
     "RaggedLayout",
     "SegmentLayout",
+    "advance_open",
     "plan_segment",
     "stays_open",
 ]

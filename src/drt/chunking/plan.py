@@ -99,6 +99,12 @@ def stays_open(cursor: Cursor, length: int, rules: ChunkRules) -> bool:
     return rules.chunk_size is None or cursor.opened + length < rules.chunk_size
 
 
+def advance_open(cursor: Cursor, length: int, rules: ChunkRules) -> Cursor:
+    """Where a row stands after a segment in which it `stays_open`."""
+    opened = length if rules.chunk_size is not None else 0
+    return cursor._replace(tokens=cursor.tokens + length, opened=cursor.opened + opened)
+
+
 def _open_segment(
     cursors: Sequence[Cursor], length: int, rules: ChunkRules, device: torch.device
 ) -> tuple[SegmentLayout, list[Cursor]]:
@@ -113,7 +119,7 @@ def _open_segment(
         firsts=None,
         device=device,
     )
-    return layout, [c._replace(tokens=c.tokens + length, opened=c.opened + opened) for c in cursors]
+    return layout, [advance_open(cursor, length, rules) for cursor in cursors]
 
 
 def _columns(batch: int, num_columns: int, content: np.ndarray | None) -> list[np.ndarray]:
