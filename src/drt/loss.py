@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from drt.precision import without_autocast
+from drt.precision import sum_dtype, without_autocast
 
 IGNORED = -100
 """The label of a token that nobody is asked to predict."""
@@ -38,7 +38,7 @@ def losses_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
     Returns:
         (...) losses in the dtype of the softmax, 0 where the target is ignored.
     """
-    scores = logits.flatten(0, -2).log_softmax(-1, dtype=_sum_dtype(logits))
+    scores = logits.flatten(0, -2).log_softmax(-1, dtype=sum_dtype(logits))
     losses = F.nll_loss(scores, targets.flatten(), reduction="none", ignore_index=IGNORED)
     return losses.view(targets.shape)
 
@@ -139,7 +139,7 @@ class _ChunkedLosses(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, targets)
         ctx.size, ctx.dtype = size, dtype
-        losses = hidden.new_empty(targets.shape, dtype=_sum_dtype(weight))
+        losses = hidden.new_empty(targets.shape, dtype=sum_dtype(weight))
         parts = (hidden.flatten(0, -2), targets.flatten(), losses.view(-1))
         head = weight.to(dtype)
         with without_autocast(hidden.device.type):
@@ -157,7 +157,7 @@ class _ChunkedLosses(torch.autograd.Function):
         grad_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros_like(weight, dtype=_sum_dtype(weight))
+            grad_weight = torch.zeros_like(weight, dtype=sum_dtype(weight))
         parts = (hidden.flatten(0, -2), targets.flatten(), grad.flatten())
         outs = grad_hidden.view(-1, hidden.shape[-1])
         with without_autocast(hidden.device.type):
@@ -176,14 +176,10 @@ class _ChunkedLosses(torch.autograd.Function):
 
 def _slopes(logits: Tensor, targets: Tensor, grad: Tensor) -> Tensor:
     """The gradient of the logits: (softmax - one-hot) * grad."""
-    slopes = logits.softmax(-1, dtype=_sum_dtype(logits))
+    slopes = logits.softmax(-1, dtype=sum_dtype(logits))
     index = targets.clamp(min=0)[:, None]
     slopes.scatter_(1, index, slopes.gather(1, index) - 1)
     return slopes.mul_(grad[:, None])
-
-
-def _sum_dtype(like: Tensor) -> torch.dtype:
-    return torch.float64 if like.dtype == torch.float64 else torch.float32
 
 
 def _product_dtype(weight: Tensor) -> torch.dtype:

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -33,3 +34,8 @@ def without_autocast(device_type: str) -> AbstractContextManager:
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
+
+
+def sum_dtype(like: Tensor) -> torch.dtype:
+    """Dtype of sums over many terms: float32, or float64 for float64 tensors."""
+    return torch.float64 if like.dtype == torch.float64 else torch.float32

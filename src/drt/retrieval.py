@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from drt.ops.gca import InverseIndex
-from drt.precision import without_autocast
+from drt.precision import sum_dtype, without_autocast
 
 SCORE_BYTES = 1 << 24
 """Bytes of a tile of float32 scores, of all rows of a batch together.
@@ -181,7 +181,7 @@ class _ChosenScores(torch.autograd.Function):
         ctx: Any, queries: Tensor, landmarks: Tensor, search: _Search
     ) -> tuple[Tensor, Tensor]:
         device, shape = queries.device, (*queries.shape[:2], search.topk)
-        scores = torch.zeros(shape, dtype=_score_dtype(queries), device=device)
+        scores = torch.zeros(shape, dtype=sum_dtype(queries), device=device)
         indices = torch.full(shape, -1, dtype=torch.int64, device=device)
         bounds = search.firsts.to(device)[..., None], search.limits.to(device)[..., None]
         vectors = queries.to(scores.dtype), landmarks.to(scores.dtype)
@@ -247,7 +247,3 @@ def _dense(grad: Tensor, indices: Tensor, tile: _Tile) -> Tensor:
     outside = (local < 0) | (local >= stop - start)
     slopes = part.new_zeros(*part.shape[:2], stop - start)
     return slopes.scatter_add_(-1, local.masked_fill(outside, 0), part.masked_fill(outside, 0.0))
-
-
-def _score_dtype(like: Tensor) -> torch.dtype:
-    return torch.float64 if like.dtype == torch.float64 else torch.float32

@@ -31,7 +31,7 @@ def call_on(device: str, **changes: Any) -> Call:
 @pytest.fixture
 def _gpu_with_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(varlen, "_runs_on", lambda device_index: True)
-    monkeypatch.setattr(flex, "_has_triton", lambda: True)
+    monkeypatch.setattr(flex, "has_triton", lambda: True)
 
 
 @pytest.mark.usefixtures("_gpu_with_everything")
@@ -115,7 +115,7 @@ def test_a_backend_that_cannot_says_why(
 
 
 def test_missing_software_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flex, "_has_triton", lambda: False)
+    monkeypatch.setattr(flex, "has_triton", lambda: False)
     monkeypatch.setattr(varlen, "_runs_on", lambda device_index: False)
     with pytest.raises(RuntimeError, match="pip install triton"):
         choose("flex", call_on("cuda"))

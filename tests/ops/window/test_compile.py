@@ -155,10 +155,10 @@ def test_what_is_asked_of_the_installation_is_a_constant_of_a_graph(
 ) -> None:
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
-    answers = (varlen._takes_groups(), varlen._runs_on(0), flex._has_triton())
+    answers = (varlen._takes_groups(), varlen._runs_on(0), flex.has_triton())
 
     def ask(x: Tensor) -> tuple[Tensor, ...]:
-        found = (varlen._takes_groups(), varlen._runs_on(0), flex._has_triton())
+        found = (varlen._takes_groups(), varlen._runs_on(0), flex.has_triton())
         return tuple(x + 1 if answer else x for answer in found)
 
     compiled = torch.compile(ask, backend="eager", fullgraph=True)

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from drt.ops.gca.blocks import BlockedPass, Gradients, Options, accumulation_dtype
+from drt.ops.gca.blocks import BlockedPass, Gradients, Options
 from drt.ops.gca.decode import attend_in_order, lies_in_order
 from drt.ops.gca.layout import new_memory_gradient
 from drt.ops.gca.order import in_order
+from drt.precision import sum_dtype
 
 # Bytes of the float32 accumulators for the gradients of a lower-precision memory; a memory that
 # needs more is taken through the backward a few heads at a time.
@@ -188,7 +189,7 @@ def _backward(inputs: _Inputs, grad: Tensor, wants: Sequence[bool]) -> Gradients
         query.new_empty(query.shape) if wants[0] else None,
         new_memory_gradient(key) if wants[1] else None,
         new_memory_gradient(value) if wants[2] else None,
-        weights.new_zeros(weights.shape, dtype=accumulation_dtype(query)) if wants[3] else None,
+        weights.new_zeros(weights.shape, dtype=sum_dtype(query)) if wants[3] else None,
     )
     if _has_work(query, key, indices):
         _backward_in_stripes(inputs, grad, found)
@@ -227,7 +228,7 @@ def _backward_in_stripes(inputs: _Inputs, grad: Tensor, found: Gradients) -> Non
 
 def _heads_per_stripe(key: Tensor) -> int:
     """The largest divisor of G whose accumulators, for keys and values, fit."""
-    kv_heads, wide = key.shape[3], accumulation_dtype(key)
+    kv_heads, wide = key.shape[3], sum_dtype(key)
     if key.dtype == wide:
         return kv_heads
     fitting = _ACCUMULATOR_BYTES * kv_heads // (2 * key.numel() * wide.itemsize)

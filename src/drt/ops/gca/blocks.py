@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from drt.ops.gca.slots import Rows, has_contiguous_planes, head_major_rows, resolve_slots
+from drt.precision import sum_dtype
 
 # Bytes per thread of one block's scores, and of its gathered keys: about a level-two cache.
 _TILE_BYTES = 3 << 19
@@ -57,11 +58,6 @@ class _Block(NamedTuple):
     ragged: bool
 
 
-def accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    """float32, or float64 for float64 tensors."""
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
 class BlockedPass:
     """One call, its chunks of queries flattened to N = B * C, and the tiles its blocks reuse.
 
@@ -83,7 +79,7 @@ class BlockedPass:
         self.S, self.G, self.D = key.shape[2:]
         self.Q, self.R = query.shape[2], query.shape[3] // self.G
         self.options = options
-        self.dtype, self.wide = query.dtype, accumulation_dtype(query)
+        self.dtype, self.wide = query.dtype, sum_dtype(query)
         self.slots = resolve_slots(indices, weights, key_lengths, key=key, dtype=self.wide)
         self.query = self._flat(query)
         self.layouts: dict[tuple[int, ...], Rows] = {}

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from drt.ops.gca.blocks import Options, accumulation_dtype
+from drt.ops.gca.blocks import Options
 from drt.ops.gca.order import in_order
+from drt.precision import sum_dtype
 
 # With more queries, products with the keys of all slots at once are worth the copy of the keys.
 _MAX_QUERIES = 4
@@ -71,7 +72,7 @@ def attend_in_order(
         values = values.view(len(hidden), -1, size, width)
         values = values.masked_fill(hidden[:, None, :, None], 0.0).view_as(keys)
         results = torch.bmm(p, values)
-    wide = accumulation_dtype(query)
+    wide = sum_dtype(query)
     results = results.view(batch * count, topk, -1).to(wide)
     output = torch.bmm(weights.to(wide).reshape(-1, 1, topk), results)
     output = output.view(batch, count, kv_heads, num_queries, per_kv_head, width)
@@ -79,7 +80,7 @@ def attend_in_order(
 
 
 def _softmax(scores: Tensor, options: Options) -> Tensor:
-    wide = accumulation_dtype(scores)
+    wide = sum_dtype(scores)
     if not options.softmax_plus_one:
         return torch.softmax(scores, -1, dtype=wide)
     # The implicit key of score 0 and value 0.

@@ -22,11 +22,11 @@ from drt.ops.window.plan import (
     Block,
     Plan,
     blocks,
-    compute_dtype,
     hidden_keys,
     make_plan,
     parts,
 )
+from drt.precision import sum_dtype
 
 _softmax_backward = torch.ops.aten._softmax_backward_data.default
 
@@ -194,7 +194,7 @@ def _add_band(scores: Tensor, band: Band) -> None:
     # The caller drops keys out of reach, so a single query sees all that are left.
     if num_queries == 1 and band.alibi_slopes is None:
         return
-    position = torch.arange(num_keys, dtype=compute_dtype(scores), device=scores.device)
+    position = torch.arange(num_keys, dtype=sum_dtype(scores), device=scores.device)
     distance = position[num_keys - num_queries :, None, None] - position
     if band.alibi_slopes is not None:
         scores -= band.alibi_slopes.to(distance.dtype).view(kv_heads, 1, ratio, 1) * distance
@@ -301,7 +301,7 @@ def _product(left: Tensor, right: Tensor, *, scale: float = 1.0) -> Tensor:
 
 
 def _accumulator(like: Tensor) -> Tensor:
-    return torch.zeros(like.shape, dtype=compute_dtype(like), device=like.device)
+    return torch.zeros(like.shape, dtype=sum_dtype(like), device=like.device)
 
 
 def _empty(like: Tensor) -> Tensor:

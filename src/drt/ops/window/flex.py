@@ -6,16 +6,15 @@ first and last key of each query and never from a T x N mask.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from drt.ops.gpu import has_triton
 from drt.ops.window.call import Call
-from drt.ops.window.plan import compute_dtype
+from drt.precision import sum_dtype, without_autocast
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -44,14 +43,9 @@ def flex_unavailable(call: Call) -> str | None:
         return "its GPU kernels do not take float64; use backend='banded'"
     if not _WIDTHS[0] <= width <= _WIDTHS[1]:
         return f"D is {width}, its GPU kernels take {_WIDTHS[0]} to {_WIDTHS[1]}; use 'banded'"
-    if not _has_triton():
+    if not has_triton():
         return "it compiles its GPU kernels with triton; pip install triton, or use 'banded'"
     return None
-
-
-@torch.compiler.assume_constant_result
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def flex_window_attention(
@@ -77,8 +71,9 @@ def flex_window_attention(
     score_mod = None
     if alibi_slopes is not None:
         num_cached = cached_keys(query.shape[1], key.shape[1], query.device)
-        score_mod = alibi_score(alibi_slopes.to(compute_dtype(query)), num_cached)
-    with _without_autocast(query.device.type):
+        score_mod = alibi_score(alibi_slopes.to(sum_dtype(query)), num_cached)
+    # Autocast would round float32 inputs, here and in no other backend.
+    with without_autocast(query.device.type):
         out = _flex_attention(query.device.type)(
             query.transpose(1, 2),
             key.transpose(1, 2),
@@ -89,13 +84,6 @@ def flex_window_attention(
             enable_gqa=query.shape[2] != key.shape[2],
         )
     return out.transpose(1, 2).contiguous()
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager:
-    """Autocast would round float32 inputs, here and in no other backend."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
 
 
 def _flex_attention(device_type: str) -> Callable[..., Any]:

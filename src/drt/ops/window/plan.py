@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from drt.precision import sum_dtype
+
 # Blocks start and end at multiples of this: odd row lengths cost 10 % in bfloat16.
 _ALIGNMENT = 16
 # Bytes of one tile of scores, per thread. Measured on a core with 1 MB of L2 cache, where 2-byte
@@ -81,7 +83,7 @@ def _num_threads() -> int:
 
 def _band_bias(query: Tensor, kv_heads: int, band: Band, block: int, halo: int) -> Tensor:
     """(G, block * R, halo + block), dtype of `query`: see `Plan`."""
-    compute = compute_dtype(query)
+    compute = sum_dtype(query)
     ratio = query.shape[2] // kv_heads
     # float32 counts positions exactly up to 2 ** 24
     position = torch.arange(halo + block, dtype=compute, device=query.device)
@@ -154,8 +156,3 @@ def hidden_keys(first_keys: Tensor, start: int, stop: int) -> Tensor | None:
 def can_read(tensor: Tensor) -> bool:
     """Whether the host can look at the numbers now: without waiting, or leaving a graph."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def compute_dtype(like: Tensor) -> torch.dtype:
-    """Dtype of sums over many terms: float32, or float64 for float64 inputs."""
-    return torch.float64 if like.dtype == torch.float64 else torch.float32

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from drt.ops.gpu import CAPABILITY, is_capable
 from drt.ops.window.call import Call
 
 _DTYPES = (torch.float16, torch.bfloat16)
 # Limits of the FlashAttention kernels.
 _MULTIPLE_OF, _LARGEST_WIDTH = 8, 256
-_CAPABILITY = (8, 0)
 
 
 class Packed(NamedTuple):
@@ -64,7 +64,7 @@ def varlen_unavailable(call: Call) -> str | None:
     if not _runs_on(device.index):
         return (
             f"it needs a PyTorch with FlashAttention and a GPU of compute capability"
-            f" {_CAPABILITY[0]}.{_CAPABILITY[1]}; use backend='flex' or 'banded'"
+            f" {CAPABILITY[0]}.{CAPABILITY[1]}; use backend='flex' or 'banded'"
         )
     return None
 
@@ -72,7 +72,7 @@ def varlen_unavailable(call: Call) -> str | None:
 @torch.compiler.assume_constant_result
 def _runs_on(device_index: int | None) -> bool:
     built = torch.backends.cuda.is_flash_attention_available()
-    return built and torch.cuda.get_device_capability(device_index) >= _CAPABILITY
+    return built and is_capable(device_index)
 
 
 def varlen_window_attention(

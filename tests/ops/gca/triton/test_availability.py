@@ -76,7 +76,7 @@ def test_bfloat16_in_the_interpreter(make_case: Callable, monkeypatch: pytest.Mo
 
 
 def test_without_triton(make_case: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "_is_installed", lambda: False)
+    monkeypatch.setattr(backend, "has_triton", lambda: False)
     with pytest.raises(RuntimeError, match=r"pip install 'drt-lm\[kernels\]'"):
         make_case().to(torch.float32).run(grouped_cross_attention, backend="triton")
 

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
 from drt.ops.gca.inverse import InverseIndex
 from drt.ops.gca.reference import reference
+from drt.ops.gpu import CAPABILITY, has_triton, is_capable
 
 MAX_CHUNK_SIZE = 256
 """Tokens of a chunk that the kernels take."""
 MAX_WIDTH = 256
 """Head width that the kernels take."""
 
-# Older GPUs are beyond what Triton supports: no matrix instructions, and too little shared memory.
-_CAPABILITY = (8, 0)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def unavailable(query: Tensor, key: Tensor) -> str | None:
     """Why the kernels cannot serve these tensors and what would help, or None if they can."""
-    if not _is_installed():
+    if not has_triton():
         return "Triton is not installed; pip install 'drt-lm[kernels]'"
     if _has_changed():
         return "TRITON_INTERPRET has changed since Triton was imported; set it before Python starts"
@@ -32,10 +29,10 @@ def unavailable(query: Tensor, key: Tensor) -> str | None:
             f"it runs on CUDA tensors and query is on {query.device}; on a CPU use "
             "backend='blocked', or set TRITON_INTERPRET=1 before Python starts to test the kernels"
         )
-    if not interpreted and not _runs_on(query.device.index):
+    if not interpreted and not is_capable(query.device.index):
         return (
             "it needs a GPU of compute capability "
-            f"{_CAPABILITY[0]}.{_CAPABILITY[1]}; use backend='reference'"
+            f"{CAPABILITY[0]}.{CAPABILITY[1]}; use backend='reference'"
         )
     if query.dtype not in _DTYPES:
         return f"it takes float16, bfloat16 and float32, query is {query.dtype}"
@@ -47,11 +44,6 @@ def unavailable(query: Tensor, key: Tensor) -> str | None:
     if width > MAX_WIDTH:
         return f"it takes heads of width up to {MAX_WIDTH}, D is {width}"
     return None
-
-
-@torch.compiler.assume_constant_result
-def _is_installed() -> bool:
-    return find_spec("triton") is not None
 
 
 @torch.compiler.assume_constant_result
@@ -67,11 +59,6 @@ def _has_changed() -> bool:
     from triton import knobs
 
     return knobs.runtime.interpret != _is_interpreted()
-
-
-@torch.compiler.assume_constant_result
-def _runs_on(device_index: int | None) -> bool:
-    return torch.cuda.get_device_capability(device_index) >= _CAPABILITY
 
 
 def run(

@@ -6,6 +6,7 @@ The limits were chosen by what compiles for sm_80, sm_90 and sm_100 with few or 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 # `tl.dot` wants at least so many numbers along each side of a tile.
@@ -71,6 +72,7 @@ class Tiles(NamedTuple):
     """Loads in flight, and one in use."""
 
 
+@cache
 def query_tiles(sizes: Sizes, kernel: Kernel) -> Tiles:
     """Tiles of a kernel that goes over the slots of a chunk of queries."""
     rows, size, width, itemsize, gpu = sizes
@@ -95,6 +97,7 @@ def query_tiles(sizes: Sizes, kernel: Kernel) -> Tiles:
     return Tiles(blocks, parts, block_size, -(-size // block_size), block_width, num_warps, stages)
 
 
+@cache
 def memory_tiles(sizes: Sizes) -> Tiles:
     """Tiles of the kernel that goes over those who retrieved a chunk.
 
