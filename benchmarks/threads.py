@@ -67,6 +67,8 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     options = arguments.parse_args()
+    if options.threads < 1:
+        arguments.error(f"--threads must be at least 1, got {options.threads}")
     chunks, repeats = (16, 2) if options.quick else (128, 9)
     print(hardware_line())
     results: dict[str, Any] = {}

@@ -320,6 +320,8 @@ def test_generate_samples_several_returns_from_one_prompt(model: DRTForCausalLM)
 
 def test_what_cannot_be_replayed_is_refused(model: DRTForCausalLM) -> None:
     ids, options = torch.randint(1, 61, (1, 5)), {"max_new_tokens": 3, **GREEDY}
+    with pytest.raises(ValueError, match="must be a DecodingGraph, True or False, got 'yes'"):
+        model.generate(ids, decoding_graph="yes", **options)
     with pytest.raises(ValueError, match="num_beams=2 cannot have a decoding_graph"):
         model.generate(ids, num_beams=2, decoding_graph=True, **options)
     graph, state = DecodingGraph(model, 2), model.new_state(2)

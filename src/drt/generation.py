@@ -174,6 +174,10 @@ class _Run:
     """
 
     def __init__(self, graph: DecodingGraph | bool) -> None:
+        if not isinstance(graph, (DecodingGraph, bool)):
+            raise ValueError(
+                f"decoding_graph must be a DecodingGraph, True or False, got {graph!r}"
+            )
         self.graph = graph
         """What takes the plain steps; True = one is to be made, False = the ordinary forward."""
         self._is_attached = False

@@ -65,6 +65,14 @@ def test_counts_of_one(tmp_path: Path) -> None:
     check(report(tmp_path / "rows.json", ["one slot", "one shared segment"], [90]))
 
 
+def test_the_interpreter_has_nothing_to_report() -> None:
+    command = [sys.executable, "-m", "drt.ops.gca.triton.report", "--arch", "90"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET is set" in done.stderr
+
+
 @pytest.mark.slow
 def test_other_shapes(tmp_path: Path) -> None:
     check(report(tmp_path / "rows.json", REST, [80, 90, 100]))

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 
 from drt.ops.gca.inverse import SEGMENT, InverseIndex
@@ -213,6 +214,8 @@ def main() -> None:
     parser.add_argument("--shape", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--json", type=Path, help="write the rows here too")
     options = parser.parse_args()
+    if knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set: what is interpreted cannot be compiled; unset it")
     found = []
     for row in rows(options.arch, options.shape):
         found.append(row)
