@@ -42,7 +42,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     for axis in (accuracy, seconds, memory):
         axis.set_xscale("log", base=2)
         ticks = [row["length"] for row in next(iter(results["models"].values()))["single"]]
-        axis.set_xticks(ticks, [short(tick) for tick in ticks])
+        axis.set_xticks(ticks, [short_length(tick) for tick in ticks])
         axis.minorticks_off()
         axis.set_xlabel("context, tokens")
         axis.grid(alpha=0.25)
@@ -67,8 +67,8 @@ def _draw_accuracy(axis: Any, name: str, model: dict[str, Any]) -> None:
         )
 
 
-def short(tokens: int) -> str:
+def short_length(tokens: int) -> str:
     """1024 -> 1K, 1048576 -> 1M."""
-    if tokens and tokens % 2**20 == 0:
+    if tokens % 2**20 == 0:
         return f"{tokens // 2**20}M"
-    return f"{tokens // 2**10}K" if tokens and tokens % 2**10 == 0 else str(tokens)
+    return f"{tokens // 2**10}K" if tokens % 2**10 == 0 else str(tokens)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from drt.data.prepared import PreparedSplit
 from drt.evaluation.document_losses import ScoredWindows, paired_difference, sum_by_document
-from drt.evaluation.figure import short
+from drt.evaluation.figure import short_length
 from drt.evaluation.text_counts import Spelling
 from drt.evaluation.token_losses import book_nats, window_nats
 from drt.evaluation.windows import (
@@ -194,7 +194,7 @@ class PerplexityTask:
                     on_tokens=bar.update,
                 )
                 place = {
-                    "label": short(length),
+                    "label": short_length(length),
                     "length": length,
                     "num_windows": len(windows),
                     "num_full_windows": sum(x.num_tokens == length for x in windows),
@@ -250,7 +250,7 @@ def _buckets(first: int, length: int) -> list[tuple[int, int]]:
 
 def _scored_bucket(edges: tuple[int, int], found: list[tuple[Window, float]]) -> ScoredWindows:
     first, end = edges
-    place = {"label": f"{short(first)}-{short(end)}", "from": first, "to": end}
+    place = {"label": f"{short_length(first)}-{short_length(end)}", "from": first, "to": end}
     windows, nats = zip(*found, strict=True)
     return ScoredWindows(
         {"label": OVERALL} if edges == WHOLE else place, list(windows), np.array(nats)
