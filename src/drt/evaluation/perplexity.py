@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
 
+from drt.checkpoints import Checkpoint
 from drt.data.prepared import PreparedSplit
 from drt.evaluation.document_losses import ScoredWindows, paired_difference, sum_by_document
 from drt.evaluation.figure import short_length
@@ -23,9 +25,6 @@ from drt.evaluation.windows import (
     cut_windows,
     shorten,
 )
-
-if TYPE_CHECKING:
-    from drt.checkpoints import Checkpoint
 
 __all__ = ["PerplexityTask", "paired_difference"]
 
@@ -151,6 +150,21 @@ class PerplexityTask:
             parts += [_table(alike, figure, f"{mode}, {text}") for figure, text in FIGURES.items()]
         return "\n\n".join(part for part in parts if part)
 
+    @staticmethod
+    def draw(records: dict[str, dict[str, Any]], path: Path) -> None:
+        """Draw perplexity with its intervals by context length, or of books by position.
+
+        Args:
+            records: what `evaluate` returned, by the name of the model; of one mode.
+            path: where to; its ending chooses the format.
+
+        Raises:
+            ValueError: there are no records, or they are of several modes.
+        """
+        from drt.evaluation.length_figures import draw_perplexity
+
+        draw_perplexity(records, path)
+
     def _excerpts(self, split: PreparedSplit) -> list[Excerpt]:
         longest = 2 if self.mode == "book" else max(self.lengths)
         return choose_excerpts(
@@ -250,7 +264,8 @@ def _buckets(first: int, length: int) -> list[tuple[int, int]]:
 
 def _scored_bucket(edges: tuple[int, int], found: list[tuple[Window, float]]) -> ScoredWindows:
     first, end = edges
-    place = {"label": f"{short_length(first)}-{short_length(end)}", "from": first, "to": end}
+    label = f"{short_length(first) if first else 0}-{short_length(end)}"
+    place = {"label": label, "from": first, "to": end}
     windows, nats = zip(*found, strict=True)
     return ScoredWindows(
         {"label": OVERALL} if edges == WHOLE else place, list(windows), np.array(nats)

@@ -226,6 +226,16 @@ def test_a_table_of_models(make_split: Prepare, bigram: Bigram) -> None:
     assert any(line.split()[-1:] == ["overall"] for line in lines)
 
 
+@pytest.mark.parametrize("settings", [{"lengths": [32, 64]}, {"mode": "book", "first_bucket": 32}])
+def test_a_figure_of_models(
+    make_split: Prepare, bigram: Bigram, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    split = make_split([TEXT, TEXT * 2])
+    records = {"a": evaluate(split, bigram, **settings), "b": evaluate(split, bigram, **settings)}
+    PerplexityTask.draw(records, tmp_path / "perplexity.png")
+    assert (tmp_path / "perplexity.png").stat().st_size > 5_000
+
+
 def test_errors(
     make_split: Prepare, bigram: Bigram, llama: Any, byte_bpe: PreTrainedTokenizerFast
 ) -> None:
