@@ -341,9 +341,8 @@ class BaselineForCausalLM(BaselinePreTrainedModel, GenerationMixin):
         _check_ids(input_ids, state)
         _check_padding(input_ids, attention_mask, state)
         hidden = self.model(input_ids, state)
-        kept = slice(-logits_to_keep or None, None)
-        if isinstance(logits_to_keep, Tensor):
-            kept = logits_to_keep
+        is_count = isinstance(logits_to_keep, int)
+        kept = slice(-logits_to_keep or None, None) if is_count else logits_to_keep
         hidden = self.model.norm(hidden[:, kept])
         if labels is None:
             loss, losses, logits = None, None, self.lm_head(hidden)

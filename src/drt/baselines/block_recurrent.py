@@ -241,10 +241,7 @@ class RecurrentLayer(GradientCheckpointingLayer):
             the (B, NB, N_s, G, D) keys and values of the states that each block sees.
         """
         batch, length, size = tokens.keys.shape[0], tokens.keys.shape[1], self.block_size
-        if held is None:
-            states = self.states.initial.expand(batch, -1, -1)
-        else:
-            states = held.states
+        states = self.states.initial.expand(batch, -1, -1) if held is None else held.states
         seen: list[KeyValues] = []
         for begin in range(0, length, size):
             read = self.states.read(states)

@@ -70,7 +70,7 @@ def attend_to_chunks(query: Tensor, indices: Tensor, key: Tensor, value: Tensor)
     Returns:
         (B, P, H, k, D) in the dtype of `query`; finite and of no meaning where there is no chunk.
     """
-    kv_heads, chunks, length, width = key.shape[1:]
+    kv_heads, chunks, _, width = key.shape[1:]
     tiles = _sort_into_tiles(_numbers(indices, kv_heads, chunks), key.shape[0] * kv_heads * chunks)
     flat = query.reshape(-1, width)
     rows = flat.new_zeros(tiles.chunks.numel() * tiles.size, width).index_copy(

@@ -2,8 +2,8 @@
 
 A landmark closes every chunk of S tokens, as in DRT. In every layer but the first each position and
 head attends to its window and to the K past chunks whose landmark keys score highest for its query,
-with the grouped softmax: one outer softmax over the window's scores and the landmarks' scores, and inside
-each chunk an inner softmax over its tokens, multiplied by what the outer one gives the landmark:
+with the grouped softmax: one outer softmax over the scores of the window and of the landmarks, and
+inside each chunk an inner one over its tokens, multiplied by what the outer one gives the landmark:
 
     a_i   = q_i . k_i / sqrt(D)                          i in the window
     r_j   = q . k_landmark(j) / sqrt(D)                  j in the K best past chunks
@@ -26,7 +26,7 @@ choose by, as its landmarks have read nothing yet and are all the same: it sees 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -60,8 +60,8 @@ class LandmarkAttentionConfig(BaselineConfig):
     """Configuration of `LandmarkAttentionForCausalLM`.
 
     Raises:
-        ValueError: a size is out of range, there is no second layer, heads do not divide, or a key
-            is unknown.
+        ValueError: a size is out of range, there is no second layer or no second position in the
+            window, heads do not divide, or a key is unknown.
     """
 
     model_type = "landmark_attention"
@@ -80,6 +80,11 @@ class LandmarkAttentionConfig(BaselineConfig):
             raise ValueError(
                 "num_hidden_layers must be at least 2, as the first layer retrieves nothing, "
                 f"got {self.num_hidden_layers}"
+            )
+        if self.sliding_window < 2:
+            raise ValueError(
+                "sliding_window must be at least 2, for landmarks to see any content, "
+                f"got {self.sliding_window}"
             )
 
 
@@ -231,8 +236,8 @@ class LandmarkAttention(DRTAttention):
         # (B, C, S + 1, G, D) to (B, G, C, S + 1, D)
         keys, values = (x.permute(0, 3, 1, 2, 4) for x in cut)
         keys = rotate(keys, places.chunk_rotary)
-        content = (x[..., :-1, :].contiguous() for x in (keys, values))
-        return Chunks(*content, keys[..., -1, :])
+        content = keys[..., :-1, :].contiguous(), values[..., :-1, :].contiguous()
+        return Chunks(*content, landmarks=keys[..., -1, :])
 
     def _retrieve(self, query: Tensor, chunks: Chunks, places: Places) -> tuple[Tensor, Tensor]:
         """What each query finds in its k chunks: (B, P, H, k) scores, (B, P, H, k, D) outputs."""
