@@ -118,12 +118,13 @@ class SummarizationTask(SummarySource):
         Args:
             records: model name -> what `evaluate` returned.
         """
-        rows = dict(records)
+        leads: dict[str, dict[str, Any]] = {}
         for record in records.values():
             # Models that were asked about the same examples share this row.
-            name = f"lead-{record['settings']['lead_sentences']}"
-            if all(rows[other].get("rouge1") != record["lead"]["rouge1"] for other in rows):
-                rows[name if name not in rows else f"{name} ({len(rows)})"] = record["lead"]
+            if record["lead"] not in leads.values():
+                again = f" ({len(leads) + 1})" if leads else ""
+                leads[f"lead-{record['settings']['lead_sentences']}{again}"] = record["lead"]
+        rows = {**records, **leads}
         width = max(len("model"), *map(len, rows))
         head = f"{'model':<{width}}" + "".join(f"  {_HEADS[name]:<22}" for name in ROUGE)
         lines = [f"{head}  n", "-" * (len(head) + 6)]
