@@ -3,7 +3,7 @@
 These tests need the extra `lm-eval`. They use no network: of RULER's tasks only some need none.
 """
 
-import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -72,16 +72,17 @@ def test_likelihoods_of_continuations(harness: Any, model: DRTForCausalLM) -> No
         ids = [*(before + after).encode()]
         wanted = log_probabilities(model, ids, len(before.encode()))
         assert (value, is_greedy) == (pytest.approx(wanted[0], **TOLERANCE), wanted[1])
-    # What the model itself would write is the likeliest, as long as no chunk is closed for it.
-    model.config.close_prompt_chunk = False
-    ids = torch.tensor([[*b"What follows now is"]])
-    made = model.generate(ids, max_new_tokens=1, do_sample=False)[0, -1:].tolist()
-    model.config.close_prompt_chunk = True
-    if made[0] < 128:
-        ((_, is_greedy),) = ask(
-            harness, "loglikelihood", ("What follows now is", bytes(made).decode())
-        )
-        assert is_greedy
+
+
+def test_the_likeliest_continuation_is_called_greedy(harness: Any, model: DRTForCausalLM) -> None:
+    prompts = [f"{number} bottles of beer" for number in range(99)]
+    with torch.no_grad():
+        last = [int(model(torch.tensor([[*p.encode()]])).logits[0, -1].argmax()) for p in prompts]
+    # A token that is no text by itself cannot be a request.
+    prompt, token = next(pair for pair in zip(prompts, last, strict=True) if pair[1] < 128)
+    likeliest, other = bytes([token]).decode(), "x" if token != ord("x") else "y"
+    found = ask(harness, "loglikelihood", (prompt, likeliest), (prompt, other))
+    assert [is_greedy for _, is_greedy in found] == [True, False]
 
 
 def test_likelihoods_of_whole_texts(harness: Any, model: DRTForCausalLM) -> None:
@@ -110,32 +111,27 @@ def test_texts_after_prompts_of_unequal_length(harness: Any, model: DRTForCausal
 
 @pytest.mark.slow
 def test_a_needle_task_of_ruler(folder: str, harness: Any, model: DRTForCausalLM) -> None:
+    from datasets import Dataset  # pyright: ignore[reportMissingImports]
     from lm_eval.tasks import TaskManager
 
-    # Only its folder is searched: the other ten thousand tasks cost half a minute.
+    # Only its folder is searched: the thousands of other tasks cost half a minute.
     settings = {"max_seq_lengths": [LENGTH], "tokenizer": folder}
     tasks = Path(lm_eval.__file__).parent / "tasks" / "ruler"
     manager = TaskManager(include_path=str(tasks), include_defaults=False, metadata=settings)
-    result = lm_eval.simple_evaluate(
-        harness, tasks=["niah_single_1"], task_manager=manager, limit=2, metadata=settings
-    )
-    samples = result["samples"]["niah_single_1"]
-    assert len(samples) == 2
-    right = []
-    for sample in samples:
-        doc, (prompt, _) = sample["doc"], sample["arguments"][0]
-        assert prompt == f"{doc['input']} {doc['gen_prefix']}"
-        # Tokens of the prompt and of the answer that is allowed fit the length asked for.
+    task = manager.load(["niah_single_1"])["tasks"]["niah_single_1"]
+    docs: list[dict[str, Any]] = task.dataset["test"].to_list()[:2]
+    prompts = [f"{doc['input']} {doc['gen_prefix']}" for doc in docs]
+    for doc, prompt in zip(docs, prompts, strict=True):
+        # The prompt and the 128 tokens that are allowed as its answer fit the length asked for.
         assert 0.5 * LENGTH < len(prompt) + 128 <= LENGTH
         assert prompt.count(doc["outputs"][0]) == 1
-        text = generated(model, prompt, 128)
-        assert sample["resps"] == [[text]]
-        right.append(doc["outputs"][0] in text)
-    assert result["results"]["niah_single_1"][f"{LENGTH},none"] == sum(right) / 2
-
-
-def test_ruler_counts_the_share_of_answers_that_are_in_a_text() -> None:
-    utils = pytest.importorskip("lm_eval.tasks.ruler.common_utils")
-    doc = {"max_length": LENGTH, "outputs": ["12345", "67890"]}
-    scores = [utils.process_results(doc, [text])[str(LENGTH)] for text in ("x 12345 y", "678", "")]
-    assert math.isclose(utils.aggregate_metrics(scores), 0.5 / 3)
+    texts = [generated(model, prompt, 128) for prompt in prompts]
+    # A model that never read a text finds no needle: let one answer be what it says there.
+    docs[1]["outputs"] = [max(re.findall("[A-Za-z]+", texts[1]), key=len)]
+    task.dataset = {"test": Dataset.from_list(docs)}
+    result = lm_eval.simple_evaluate(harness, tasks=[task], metadata=settings, bootstrap_iters=0)
+    samples = {each["doc_id"]: each for each in result["samples"]["niah_single_1"]}
+    assert [samples[number]["arguments"][0][0] for number in (0, 1)] == prompts
+    assert [samples[number]["resps"] for number in (0, 1)] == [[[text]] for text in texts]
+    assert docs[0]["outputs"][0] not in texts[0]
+    assert result["results"]["niah_single_1"][f"{LENGTH},none"] == 0.5

@@ -122,10 +122,11 @@ def test_other_models_write_up_to_their_positions(path: str, tmp_path: Path) -> 
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     config = LlamaConfig(vocab_size=258, num_attention_heads=2, max_position_embeddings=64, **sizes)
     model = LlamaForCausalLM(config)
-    with pytest.raises(ValueError, match=r"prompt is 67 tokens .* up to 12, .* has 64 positions"):
+    with pytest.raises(ValueError, match=r"has 64 positions .*, 79 tokens need more"):
         written(model, path, tmp_path)
     found = written(model, path, tmp_path, length=64, batch_size=2)
     assert len(found) == 3
+    assert written(model, path, tmp_path, beyond_limit=True) != found
 
 
 def test_the_lead_is_scored_beside(path: str) -> None:

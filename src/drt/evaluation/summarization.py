@@ -8,19 +8,18 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from drt.checkpoints import Checkpoint
 from drt.data.permutation import Permutation
 from drt.data.summaries import SummaryExample, SummarySource, check_room, load_summaries
 from drt.data.summary_batches import Prompt, SummaryFormat
+from drt.evaluation.reading import check_length
 from drt.evaluation.rouge import ROUGE, References, Rouge, estimate_means, lead
-
-if TYPE_CHECKING:
-    from drt.checkpoints import Checkpoint
 
 
 class WrittenSummary(NamedTuple):
@@ -45,6 +44,8 @@ class SummarizationTask(SummarySource):
     length: int | None = None
     """Tokens of a prompt, its summary and the end at most, the document cut at its end; None = it
     is read whole."""
+    beyond_limit: bool = False
+    """Whether a model with rotary positions may go on past those that it was made for."""
     num_beams: int = 1
     """Beams of the search; 1 = greedy."""
     batch_size: int = 1
@@ -82,14 +83,18 @@ class SummarizationTask(SummarySource):
 
         Raises:
             ImportError: `rouge-score` or, for the hub, `datasets` is not installed.
-            ValueError: nothing to read, or a prompt that the model or the length has no room for.
+            ValueError: nothing to read, or a prompt that the model's positions or the length have
+                no room for; a `length` that fits the model cuts documents.
         """
         rouge = Rouge()
         examples = self._choose()
         written_as = SummaryFormat(self, checkpoint.tokenizer)
         room = None if self.length is None else self.length - self.max_summary_tokens - 1
         prompts = [written_as.prompt(example, length=room) for example in examples]
-        _check_positions(checkpoint.model, prompts, self.max_summary_tokens)
+        longest = max(len(prompt.token_ids) for prompt in prompts)
+        check_length(
+            checkpoint.model, longest + self.max_summary_tokens, beyond_limit=self.beyond_limit
+        )
         started = time.perf_counter()
         with checkpoint.autocast():
             written = self._write(checkpoint.model, written_as, prompts, title)
@@ -201,20 +206,6 @@ _HEADS = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
 def _cell(figure: dict[str, float | None]) -> str:
     mean, low, high = (figure[name] for name in ("mean", "low", "high"))
     return f"{mean:.2f}" if low is None else f"{mean:.2f} [{low:.2f}, {high:.2f}]"
-
-
-def _check_positions(model: Any, prompts: Sequence[Prompt], num_written: int) -> None:
-    """Refuse prompts past the positions of a model that has so many and no more."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is None or type(model).__module__.startswith("drt."):
-        # Of our own models it is what they were trained with, for information.
-        return
-    longest = max(len(prompt.token_ids) for prompt in prompts)
-    if longest + num_written > limit:
-        raise ValueError(
-            f"the longest prompt is {longest} tokens and a summary up to {num_written}, but the "
-            f"model has {limit} positions: give length={limit} or less to cut documents"
-        )
 
 
 def _save_texts(
