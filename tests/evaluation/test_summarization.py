@@ -79,7 +79,7 @@ def test_what_was_learned_by_heart_is_written(path: str, tmp_path: Path) -> None
     # A summary stands behind a space.
     assert record["summary_tokens"] == pytest.approx(sum(len(s) + 1 for s in SUMMARIES) / 3)
     assert record["settings"]["path"] == path
-    lines = (tmp_path / "texts" / "summaries-runs-my-model.jsonl").read_text().splitlines()
+    lines = (tmp_path / "texts" / "runs-my-model.jsonl").read_text().splitlines()
     rows = {row["document"]: row for row in map(json.loads, lines)}
     assert {key: row["text"] for key, row in rows.items()} == {
         f"d{n}": text for n, text in enumerate(SUMMARIES)
@@ -96,7 +96,7 @@ def test_what_was_learned_by_heart_is_written(path: str, tmp_path: Path) -> None
 def written(model: Any, path: str, folder: Path, **settings: Any) -> dict[str, str]:
     task = SummarizationTask(path=path, max_summary_tokens=12, output=str(folder), **settings)
     task.evaluate(Loaded(model, byte_tokenizer()), title="t")  # type: ignore[arg-type]
-    lines = (folder / "summaries-t.jsonl").read_text().splitlines()
+    lines = (folder / "t.jsonl").read_text().splitlines()
     return {row["document"]: row["text"] for row in map(json.loads, lines)}
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -91,7 +92,7 @@ class SummaryFormat:
 
     def check_length(self, length: int, queries: Iterable[str]) -> None:
         """Refuse a length in which some query, with the marker and a summary, has no room."""
-        longest = max((len(self.tail(query)) for query in {*queries, None}), default=0)
+        longest = max((len(self.tail(query)) for query in {*queries, None}))
         least = len(self._start) + longest + self.source.max_summary_tokens + 1
         if length < least:
             raise ValueError(
@@ -157,19 +158,20 @@ class SummaryBatches(Dataset[dict[str, Tensor]]):
         self.format = SummaryFormat(data, tokenizer)
         asks = self.examples[0].query is not None
         self.format.check_length(data.length, self.examples.queries if asks else ())
-        # It is told by the mask, so that a tokenizer without padding will do.
-        self._padding: int = tokenizer.pad_token_id or 0  # type: ignore[assignment]
+        # Padding is told by the mask, so that a tokenizer without will do.
+        padding: Any = tokenizer.pad_token_id or 0
+        self._padding = {
+            "input_ids": padding,
+            "labels": IGNORED,
+            "attention_mask": 0,
+            "chunk_ends": False,
+        }
 
     def __len__(self) -> int:
         return self.num_steps
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
-        """Batch `step`, its rows padded on the right to the longest.
-
-        Returns:
-            `input_ids` and `labels`, the latter -100 but on the summary and its end, int64;
-            `attention_mask`, int64, 0 on padding; `chunk_ends`, bool, True at the last token of
-            each prompt, where `generate` closes the chunk too. All (B, T).
+        """Batch `step`: what `row` returns, padded on the right to the longest, all (B, T).
 
         Raises:
             IndexError: there is no such step.
@@ -177,26 +179,29 @@ class SummaryBatches(Dataset[dict[str, Tensor]]):
         if not 0 <= step < len(self):
             raise IndexError(f"step {step} is not among the {len(self)}")
         first = step * self.batch_size
-        rows = [self._row(index) for index in range(first, first + self.batch_size)]
-        shape = (len(rows), max(len(prompt) + len(target) for prompt, target in rows))
-        ids = torch.full(shape, self._padding, dtype=torch.int64)
-        labels = torch.full(shape, IGNORED, dtype=torch.int64)
-        mask = torch.zeros(shape, dtype=torch.int64)
-        ends = torch.zeros(shape, dtype=torch.bool)
-        for number, (prompt, target) in enumerate(rows):
-            start, stop = len(prompt), len(prompt) + len(target)
-            ids[number, :start] = torch.from_numpy(prompt)
-            ids[number, start:stop] = labels[number, start:stop] = torch.from_numpy(target)
-            mask[number, :stop] = 1
-            ends[number, start - 1] = True
-        return {"input_ids": ids, "labels": labels, "attention_mask": mask, "chunk_ends": ends}
+        rows = [self.row(index) for index in range(first, first + self.batch_size)]
+        return {
+            name: pad_sequence([row[name] for row in rows], batch_first=True, padding_value=value)
+            for name, value in self._padding.items()
+        }
 
-    def _row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """The prompt and the target of a row, counted through the epochs."""
+    def row(self, index: int) -> dict[str, Tensor]:
+        """Row `index`, 0 or more, counted through the epochs.
+
+        Returns:
+            `input_ids` and `labels`, the latter -100 but on the summary and its end, int64;
+            `attention_mask`, int64, 1; `chunk_ends`, bool, True at the last token of the prompt,
+            where `generate` closes the chunk too. All (T,).
+        """
         epoch, place = divmod(index, len(self.examples))
         number = Permutation(len(self.examples), self.seed, epoch, _ORDER)(place)
         example = self.examples[number]
         choice = Permutation(len(example.summaries), self.seed, epoch, _SUMMARY, number)(0)
         target = self.format.target(example.summaries[choice])
-        prompt = self.format.prompt(example, length=self.data.length - len(target))
-        return prompt.token_ids, target
+        prompt = self.format.prompt(example, length=self.data.length - len(target)).token_ids
+        ids = torch.from_numpy(np.concatenate([prompt, target]))
+        labels, ends = ids.clone(), torch.zeros_like(ids, dtype=torch.bool)
+        labels[: len(prompt)] = IGNORED
+        ends[len(prompt) - 1] = True
+        mask = torch.ones_like(ids)
+        return {"input_ids": ids, "labels": labels, "attention_mask": mask, "chunk_ends": ends}

@@ -57,7 +57,7 @@ class SummarizationTask(SummarySource):
     seed: int = 1
     """Seed of the choice of examples and of the bootstrap."""
     output: str | None = None
-    """Folder for the texts, a file `summaries-TITLE.jsonl` a model; None = they are not kept."""
+    """Folder for the texts, a file `TITLE.jsonl` a model; None = they are not kept."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -217,7 +217,7 @@ def _save_texts(
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # A title may be a path or a model's name on the hub.
-    file = folder / f"summaries-{re.sub(r'[^A-Za-z0-9._-]+', '-', title).strip('-')}.jsonl"
+    file = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', title).strip('-')}.jsonl"
     rows = [
         {
             "document": example.document_name,
