@@ -111,7 +111,7 @@ def test_texts_after_prompts_of_unequal_length(harness: Any, model: DRTForCausal
 
 @pytest.mark.slow
 def test_a_needle_task_of_ruler(folder: str, harness: Any, model: DRTForCausalLM) -> None:
-    from datasets import Dataset  # pyright: ignore[reportMissingImports]
+    from datasets import Dataset
     from lm_eval.tasks import TaskManager
 
     # Only its folder is searched: the thousands of other tasks cost half a minute.

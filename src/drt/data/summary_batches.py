@@ -92,7 +92,7 @@ class SummaryFormat:
 
     def check_length(self, length: int, queries: Iterable[str]) -> None:
         """Refuse a length in which some query, with the marker and a summary, has no room."""
-        longest = max((len(self.tail(query)) for query in {*queries, None}))
+        longest = max(len(self.tail(query)) for query in {*queries, None})
         least = len(self._start) + longest + self.source.max_summary_tokens + 1
         if length < least:
             raise ValueError(
