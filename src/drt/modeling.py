@@ -224,13 +224,17 @@ class DRTModel(DRTPreTrainedModel):
         if self.chunk_encoder is None:
             return None
         if state is None:
-            noise = self.config.retrieval_noise if self.training else 0.0
-            memory = TrainingMemory(noise=noise, generator=generator)
+            memory = TrainingMemory(noise=self._noise, generator=generator)
         else:
             memory = state.memory
         if closed is not None:
             memory.append(*closed, layout.chunk_lengths)
         return memory
+
+    @property
+    def _noise(self) -> float:
+        """Scale of the Gumbel noise on the scores that choose chunks."""
+        return self.config.retrieval_noise if self.training else 0.0
 
     def _retrieve(
         self,
