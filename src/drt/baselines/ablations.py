@@ -15,8 +15,6 @@ residual stream. It has no retriever trained on the scores of a reference langua
 retriever is frozen), so no scheduled sampling either, and no gate on neighbours.
 """
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import torch
@@ -220,7 +218,7 @@ class AblationForCausalLM(DRTForCausalLM):
 
         Raises:
             ImportError: the package that it needs is not installed.
-            OSError: no such model can be loaded.
+            OSError, ValueError: no such model can be loaded.
         """
         if self.config.retriever == "fixed":
             self.model.text_encoder = encoder_for(self.config.retriever_name, tokenizer)

@@ -99,14 +99,15 @@ def _bias(
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, indices: Tensor, bias: Tensor) -> Tensor:
     """(N, Q, H, D) queries, (M, G, S, D) memory, (N, K) indices of it -> (N, Q, H, D)."""
-    kv_heads = keys.shape[1]
+    count, length, heads, width = query.shape
     # Query heads of one key/value head stand as more queries of it: (N, G, R * Q, D).
-    folded = query.transpose(1, 2).unflatten(1, (kv_heads, -1)).flatten(2, 3)
-    scores = folded * query.shape[-1] ** -0.5 @ _gathered(keys, indices).mT
+    per_kv_head = heads // keys.shape[1]
+    folded = query.transpose(1, 2).reshape(count, keys.shape[1], per_kv_head * length, width)
+    scores = folded * width**-0.5 @ _gathered(keys, indices).mT
     scores = pad(scores.to(bias.dtype), (0, 1)) + bias[:, None, None]
     probabilities = scores.softmax(-1)[..., :-1].to(query.dtype)
     out = probabilities @ _gathered(values, indices)
-    return out.unflatten(2, (-1, query.shape[1])).flatten(1, 2).transpose(1, 2)
+    return out.view(count, heads, length, width).transpose(1, 2)
 
 
 def _gathered(memory: Tensor, indices: Tensor) -> Tensor:

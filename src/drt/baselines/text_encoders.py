@@ -46,7 +46,7 @@ def encoder_for(name: str, tokenizer: Any) -> TextEncoder:
 
     Raises:
         ImportError: "wordllama" is not installed.
-        OSError: no such model can be loaded.
+        OSError, ValueError: no such model can be loaded.
     """
     if name == HASHED_NGRAMS:
         return hashed_ngrams
@@ -144,6 +144,8 @@ class SentenceEncoder(_EncoderOfTexts):
             given = self._own_tokenizer(
                 texts[start : start + self._batch_size],
                 padding=True,
+                # Positions are then counted from the text's beginning, whatever is beside it.
+                padding_side="right",
                 truncation=True,
                 max_length=self._max_length,
                 return_tensors="pt",
