@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -131,7 +132,8 @@ def run_all(
             for job in list(waiting):
                 if len(running) < num_workers and _is_ready(study, job, folder):
                     waiting.remove(job)
-                    running[job] = (_start(command(job), job, folder), time.monotonic())
+                    process = _start(command(job), job, folder, num_workers=num_workers)
+                    running[job] = (process, time.monotonic())
             if not running:
                 # What the rest begin with has failed.
                 return
@@ -150,9 +152,14 @@ def _is_ready(study: StudyConfig, job: Job, folder: Path) -> bool:
     return source is None or is_finished(run_folder(folder, source, job.seed))
 
 
-def _start(command: list[str], job: Job, folder: Path) -> Any:
+def _start(command: list[str], job: Job, folder: Path, *, num_workers: int) -> Any:
     here = run_folder(folder, job.row, job.seed)
     log = here.parent / f"{here.name}-{LOG_FILE}"
     log.parent.mkdir(parents=True, exist_ok=True)
+    # Runs side by side would each take all cores otherwise.
+    threads = max((os.cpu_count() or 1) // num_workers, 1)
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     with log.open("a") as file:
-        return subprocess.Popen([sys.executable, *command], stdout=file, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            [sys.executable, *command], stdout=file, stderr=subprocess.STDOUT, env=environment
+        )
