@@ -28,6 +28,8 @@ TASKS: dict[str, str] = {
     "single": "drt.evaluation.needle_evaluation:NeedleEvaluationTask",
     "multi": "drt.evaluation.needle_evaluation:MultiNeedleEvaluationTask",
     "needle": "drt.evaluation.needle_evaluation:NeedleEvaluationTask",
+    "perplexity": "drt.evaluation.perplexity:PerplexityTask",
+    "cost": "drt.evaluation.cost:CostTask",
 }
 """Name -> "module:class"; a module is imported when its task is asked for."""
 
