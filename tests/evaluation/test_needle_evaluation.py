@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from drt import DRTForCausalLM
 from drt.checkpoints import Checkpoint
@@ -88,6 +88,23 @@ def test_lengths_beyond_a_model_are_refused_or_left_out(gpt2: Checkpoint, text: 
     lengths = [row["length"] for row in first.evaluate(gpt2, title="g")["scores"]]
     gpt2.model.config.n_positions = 200
     assert lengths == [128]
+
+
+def test_a_record_says_that_an_answer_went_beyond_the_limit(text: str) -> None:
+    """128 tokens of context and question fit; the first digit of the answer is one more."""
+    config = LlamaConfig(
+        vocab_size=258, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=128,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    checkpoint = Checkpoint(Path("llama"), model, byte_tokenizer(), "float32")
+    task = NeedleEvaluationTask(
+        task=TASK, lengths=[128], questions=1, corpus=text, beyond_limit="go_on"
+    )
+    record = task.evaluate(checkpoint, title="l")
+    assert (record["position_limit"], record["beyond_limit"]) == (128, True)
+    model.config.max_position_embeddings = 129
+    assert not task.evaluate(checkpoint, title="l")["beyond_limit"]
 
 
 def test_a_drt_gets_no_first_token(drt: Checkpoint, gpt2: Checkpoint, text: str) -> None:

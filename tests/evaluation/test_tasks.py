@@ -1,6 +1,6 @@
 """Tasks by name: made from settings, listed, and the same for all models of a comparison."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,22 @@ from transformers import LlamaConfig
 from drt.data import NeedleTask
 from drt.evaluation import tasks
 from drt.evaluation.needle_evaluation import NeedleEvaluationTask
-from drt.evaluation.tasks import describe_tasks, for_models, make_task, parse_settings
+from drt.evaluation.tasks import (
+    describe_tasks,
+    for_models,
+    make_task,
+    parse_settings,
+    task_class,
+)
 from drt.testing import tiny_config
 
 
 @dataclass(frozen=True)
 class Doubling:
-    """Doubles."""
+    """Doubles.
+
+    Nothing else.
+    """
 
     number: int
     """What is
@@ -67,8 +76,9 @@ def test_wrong_settings_are_refused(name: str, settings: dict[str, Any], message
 
 
 def test_every_task_is_listed_with_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tasks.TASKS, "doubling", f"{__name__}:Doubling")
-    monkeypatch.setitem(tasks.TASKS, "gone", "drt.no_such_module:Task")
+    needles = {name: tasks.TASKS[name] for name in ("single", "multi", "needle")}
+    others = {"doubling": f"{__name__}:Doubling", "gone": "drt.no_such_module:Task"}
+    monkeypatch.setattr(tasks, "TASKS", {**needles, **others})
     monkeypatch.setattr(tasks, "import_module", lambda name: _module(name))
     single, multi, needle, doubling, gone = describe_tasks().split("\n\n")
     assert single.startswith("single: Needles at several lengths")
@@ -101,3 +111,11 @@ def test_questions_end_where_chunks_end_for_all_models(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty holds no model"):
         for_models(task, [tmp_path / "empty"])
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_every_setting_has_a_sentence(name: str) -> None:
+    cls = task_class(name)
+    assert set(tasks._sentences(cls)) >= {item.name for item in fields(cls)}
+    assert callable(cls.evaluate)
+    assert callable(cls.table)

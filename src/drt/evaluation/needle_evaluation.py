@@ -106,9 +106,11 @@ class NeedleEvaluationTask:
             "left_out": [length for length in sorted(self.lengths) if length not in done],
             "chunk_size": self._chunk_size(model),
             "position_limit": None if limit is None else limit.num_tokens,
-            "beyond_limit": limit is not None and any(n > limit.num_tokens for n in done),
+            "beyond_limit": limit is not None
+            and any(self._needed(model, corpus, length) > limit.num_tokens for length in done),
             "first_token_id": self._first_token(model),
             "tokenizer": tokenizer_fingerprint(checkpoint.tokenizer),
+            "precision": checkpoint.precision,
             "parameters": model.num_parameters(),
             "settings": asdict(self),
         }
@@ -159,8 +161,7 @@ class NeedleEvaluationTask:
         """The lengths that the model has positions for, found out before anything is read."""
         lengths = []
         for length in sorted(set(self.lengths)):
-            needed = tokens_needed(self._first_example(model, corpus, length))
-            needed += self._first_token(model) is not None
+            needed = self._needed(model, corpus, length)
             try:
                 check_length(model, needed, beyond_limit=self.beyond_limit == "go_on")
             except ValueError:
@@ -169,6 +170,11 @@ class NeedleEvaluationTask:
             else:
                 lengths.append(length)
         return lengths
+
+    def _needed(self, model: Any, corpus: Corpus, length: int) -> int:
+        """Tokens that the model reads for an example, the first and its own answer among them."""
+        example = self._first_example(model, corpus, length)
+        return tokens_needed(example) + (self._first_token(model) is not None)
 
     def _first_example(self, model: Any, corpus: Corpus, length: int) -> Any:
         size, depth = self._chunk_size(model), self.depths[0] if self.depths else None

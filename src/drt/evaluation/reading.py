@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from drt.baselines.base import BaselineForCausalLM
 from drt.loss import losses_of_logits
 from drt.memory import ChunkMemory
 from drt.modeling import DRTForCausalLM, DRTModel, DRTModelOutput
@@ -51,12 +52,13 @@ class PositionLimit(NamedTuple):
 
 
 def position_limit(model: Any) -> PositionLimit | None:
-    """The tokens that a model was made for; None where it has no limit, as a DRT has none.
+    """The tokens that a model was made for; None where it has no limit, as models of DRT have none.
 
     Args:
         model: a causal language model of transformers.
     """
-    if isinstance(model, DRTForCausalLM):
+    # There, max_position_embeddings is the length of a training row, for information.
+    if isinstance(model, (DRTForCausalLM, BaselineForCausalLM)):
         return None
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)

@@ -151,7 +151,8 @@ def describe_tasks() -> str:
 
 def _describe(name: str, cls: type[Any], like: str | None, known: Mapping[str, Any]) -> str:
     """A task with the settings whose defaults are not known already."""
-    lines = [f"{name}: {inspect.getdoc(cls)}"]
+    purpose = (inspect.getdoc(cls) or "").partition("\n\n")[0]
+    lines = [f"{name}: {purpose}"]
     if like is not None:
         lines.append(f"  settings as of {like}")
     sentences = _sentences(cls)
