@@ -29,6 +29,7 @@ TASKS: dict[str, str] = {
     "multi": "drt.evaluation.needle_evaluation:MultiNeedleEvaluationTask",
     "needle": "drt.evaluation.needle_evaluation:NeedleEvaluationTask",
     "perplexity": "drt.evaluation.perplexity:PerplexityTask",
+    "summarization": "drt.evaluation.summarization:SummarizationTask",
     "cost": "drt.evaluation.cost:CostTask",
 }
 """Name -> "module:class"; a module is imported when its task is asked for."""
