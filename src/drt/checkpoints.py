@@ -63,7 +63,7 @@ def load_checkpoint(name: str | Path) -> Checkpoint:
     from drt.run_config import CONFIG_FILE, load_config
 
     disable_progress_bar()
-    found = Path(name) if _is_hub_name(str(name)) else find_model(Path(name))
+    found = Path(name) if is_hub_name(str(name)) else find_model(Path(name))
     run = found / CONFIG_FILE
     precision = load_config(run).precision if run.is_file() else "float32"
     tokenizer: Any = load_tokenizer(str(found))
@@ -80,7 +80,7 @@ def load_checkpoint(name: str | Path) -> Checkpoint:
     return Checkpoint(found, model.to(device), tokenizer, precision)
 
 
-def _is_hub_name(name: str) -> bool:
+def is_hub_name(name: str) -> bool:
     """Whether a name can only be one of the hub's: a folder that is misspelt is not looked for."""
     path = Path(name)
     return len(path.parts) == 2 and not path.is_absolute() and not path.parent.exists()

@@ -22,13 +22,14 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from drt.checkpoints import Checkpoint
 from drt.evaluation.needles import common_chunk_size
-from drt.run_config import build
+from drt.run_config import build, overlay
 
 TASKS: dict[str, str] = {
     "single": "drt.evaluation.needle_evaluation:NeedleEvaluationTask",
     "multi": "drt.evaluation.needle_evaluation:MultiNeedleEvaluationTask",
     "needle": "drt.evaluation.needle_evaluation:NeedleEvaluationTask",
     "perplexity": "drt.evaluation.perplexity:PerplexityTask",
+    "babi": "drt.evaluation.babi:BabiTask",
     "summarization": "drt.evaluation.summarization:SummarizationTask",
     "cost": "drt.evaluation.cost:CostTask",
 }
@@ -78,7 +79,7 @@ def make_task(name: str, *settings: Mapping[str, Any]) -> EvaluationTask:
     cls = task_class(name)
     wanted = _defaults(cls)
     for layer in settings:
-        wanted = _overlay(wanted, layer)
+        wanted = overlay(wanted, dict(layer))
     try:
         return build(cls, wanted)
     except ValueError as error:
@@ -205,12 +206,3 @@ def _default(item: Field[Any]) -> Any:
 def _defaults(cls: type) -> dict[str, Any]:
     made = {item.name: _default(item) for item in fields(cls)}
     return {name: value for name, value in made.items() if value is not MISSING}
-
-
-def _overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Mappings are merged; anything else above replaces what is below."""
-    merged = dict(below)
-    for key, value in above.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _overlay(merged[key], value) if both else value
-    return merged
