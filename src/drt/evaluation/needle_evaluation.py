@@ -70,9 +70,16 @@ class NeedleEvaluationTask:
                 raise ValueError(f"{name} is empty: at least one is needed")
         if self.depths == []:
             raise ValueError("depths is empty: leave it out for needles anywhere")
-        for length in self.lengths:
-            if length < 1:
-                raise ValueError(f"lengths must be at least 1, got {length}")
+        for name, values in (
+            ("lengths", self.lengths),
+            ("questions", [self.questions]),
+            ("questions_longest", [self.questions_longest]),
+        ):
+            if min(values) < 1:
+                raise ValueError(f"{name} must be at least 1, got {min(values)}")
+        for depth in self.depths or ():
+            if not 0 <= depth <= 1:
+                raise ValueError(f"depths must be from 0 to 1, got {depth}")
 
     def evaluate(self, checkpoint: Checkpoint, *, title: str) -> dict[str, Any]:
         """Score a model.
@@ -248,13 +255,13 @@ def format_scores(models: Mapping[str, Mapping[str, list[dict[str, Any]]]]) -> s
     rows = [row for tasks in models.values() for scores in tasks.values() for row in scores]
     lengths = sorted({row["length"] for row in rows})
     width = max(10, *(len(name) for name in models))
-    head = f"{'model':<{width}} {'task':<9} {'figure':<13}" + "".join(f"{n:>13,}" for n in lengths)
+    head = f"{'model':<{width}} {'task':<9} {'figure':<14}" + "".join(f"{n:>13,}" for n in lengths)
     lines = [head, "-" * len(head)]
     for name, tasks in models.items():
         for task, scores in tasks.items():
             for label, cells in _figures(scores):
                 shown = "".join(f"{cells.get(length, '-'):>13}" for length in lengths)
-                lines.append(f"{name:<{width}} {task:<9} {label:<13}{shown}")
+                lines.append(f"{name:<{width}} {task:<9} {label:<14}{shown}")
     return "\n".join(lines)
 
 

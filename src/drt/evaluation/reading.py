@@ -80,7 +80,7 @@ def check_length(model: Any, num_tokens: int, *, beyond_limit: bool = False) -> 
     limit = position_limit(model)
     if limit is None or num_tokens <= limit.num_tokens or (beyond_limit and not limit.is_hard):
         return
-    way_out = "" if limit.is_hard else "; they can go on, untrained, if beyond_limit is set"
+    way_out = "" if limit.is_hard else "; beyond_limit lets its rotary positions go on, untrained"
     raise ValueError(
         f"{type(model).__name__} has {limit.num_tokens} positions (max_position_embeddings), "
         f"{num_tokens} tokens need more{way_out}"

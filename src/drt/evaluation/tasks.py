@@ -28,6 +28,8 @@ TASKS: dict[str, str] = {
     "single": "drt.evaluation.needle_evaluation:NeedleEvaluationTask",
     "multi": "drt.evaluation.needle_evaluation:MultiNeedleEvaluationTask",
     "needle": "drt.evaluation.needle_evaluation:NeedleEvaluationTask",
+    "perplexity": "drt.evaluation.perplexity:PerplexityTask",
+    "cost": "drt.evaluation.cost:CostTask",
 }
 """Name -> "module:class"; a module is imported when its task is asked for."""
 
@@ -126,27 +128,38 @@ def _config(model: str | Path) -> PreTrainedConfig:
 
     try:
         return AutoConfig.from_pretrained(str(model))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{model} holds no model: {reason}") from error
 
 
 def describe_tasks() -> str:
-    """All tasks with their settings, as text."""
-    return "\n\n".join(_describe(name) for name in TASKS)
+    """All tasks with their settings, as text; a task like an earlier one is described by it."""
+    shown: dict[str, type[Any]] = {}
+    parts = []
+    for name in TASKS:
+        try:
+            cls = task_class(name)
+        except ImportError as error:
+            parts.append(f"{name}: not available: {error}")
+            continue
+        like = next((earlier for earlier, base in shown.items() if issubclass(cls, base)), None)
+        parts.append(_describe(name, cls, like, {} if like is None else _defaults(shown[like])))
+        shown.setdefault(name, cls)
+    return "\n\n".join(parts)
 
 
-def _describe(name: str) -> str:
-    try:
-        cls = task_class(name)
-    except ImportError as error:
-        return f"{name}: not available: {error}"
+def _describe(name: str, cls: type[Any], like: str | None, known: Mapping[str, Any]) -> str:
+    """A task with the settings whose defaults are not known already."""
     lines = [f"{name}: {inspect.getdoc(cls)}"]
+    if like is not None:
+        lines.append(f"  settings as of {like}")
     sentences = _sentences(cls)
     for item in fields(cls):
         default = _default(item)
-        shown = "" if default is MISSING else f" [{_short(default)}]"
-        lines.append(f"  {item.name}{shown}")
+        if item.name in known and known[item.name] == default:
+            continue
+        lines.append(f"  {item.name}" + ("" if default is MISSING else f" [{_short(default)}]"))
         lines += textwrap.wrap(sentences.get(item.name, ""), 92, **_INDENTED)
     return "\n".join(lines)
 
