@@ -1,6 +1,7 @@
 """Text as tokens: tokenizers, corpora to draw haystacks from, and needle tasks."""
 
-from drt.data.batches import Mixture, batch
+from drt.data.babi import BabiStories
+from drt.data.batches import Mixture, RowTask, batch
 from drt.data.chains import HOPS, VARIABLES
 from drt.data.corpora import SPLITS, Corpus, Document, Split, load_corpus
 from drt.data.needle_rows import AskedNeedle, NeedleExample, NeedleQuestion, NeedleRow
@@ -16,6 +17,7 @@ __all__ = [
     "SPLITS",
     "VARIABLES",
     "AskedNeedle",
+    "BabiStories",
     "Corpus",
     "Document",
     "Mixture",
@@ -24,6 +26,7 @@ __all__ = [
     "NeedleRow",
     "NeedleTask",
     "NeedleTemplate",
+    "RowTask",
     "Split",
     "batch",
     "byte_tokenizer",

@@ -8,7 +8,6 @@ S) and its answer comes right after.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from math import perm
 from typing import Literal, get_args
 
 import numpy as np
@@ -151,13 +150,6 @@ class NeedleTask:
     def is_chained(self) -> bool:
         """Whether an answer takes several facts of which one leads to the next."""
         return self.kind in ("hops", "variables")
-
-    @property
-    def questions_per_context(self) -> int:
-        """Most questions of an evaluation example without a depth."""
-        if self.is_chained:
-            return min(self.num_questions, self.num_chains)
-        return min(self.num_questions, perm(self.num_keys, self.num_queries))
 
     @property
     def link_symbols(self) -> Symbols:
