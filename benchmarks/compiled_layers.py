@@ -21,16 +21,17 @@ import torch
 import torch._dynamo
 import torch._inductor.config
 from torch._dynamo.utils import counters
+from transformers import PreTrainedModel
 
 from common import hardware_line, measure, parser, print_table, ratio, write_json
+from drt.architectures import make_config, make_model
 from drt.data import load_corpus, load_tokenizer
-from drt.modeling import DRTForCausalLM
+from drt.data.tokenization import BYTES
 from drt.precision import autocast
 from drt.training import RunConfig, compile_layers, load_config
-from drt.training.curriculum import Curriculum, NeedleBatches
+from drt.training.batches import NeedleSteps
+from drt.training.curriculum import Curriculum
 from drt.training.optimizer import MuonWithAdamW, split_parameters
-from drt.training.run import build_model
-from drt.training.trainer import needle_losses
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 # Steps in which sizes that were equal by chance are met again as different ones.
@@ -40,7 +41,7 @@ FIRST_STEPS = 3
 class Training:
     """A model that takes one batch after the other."""
 
-    def __init__(self, config: RunConfig, model: DRTForCausalLM) -> None:
+    def __init__(self, config: RunConfig, model: PreTrainedModel) -> None:
         self.config, self.model = config, model
         self.batches: Iterator[dict[str, Any]] = iter(())
         matrices, others = split_parameters(model)
@@ -55,22 +56,20 @@ class Training:
         )
 
     def step(self) -> None:
-        batch, training = next(self.batches), self.config.training
+        batch = next(self.batches)
         given = {name: batch[name] for name in ("input_ids", "chunk_ends", "labels")}
         generator = torch.Generator().manual_seed(int(batch["step"]))
         with autocast(self.config.precision, self.model.device):
             out = self.model(**given, output_token_losses=True, generator=generator)
-        losses = needle_losses(out.token_losses, batch["answer_mask"])
-        first = training.first_token_weight * losses.first
-        (losses.answer + first + training.text_loss_weight * losses.text).backward()
+        (out.token_losses * batch["token_weights"][:, 1:]).sum().backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
 
 def batches_of(config: RunConfig, stage: int) -> list[dict[str, Any]]:
-    corpus = load_corpus(config.corpus, load_tokenizer(config.tokenizer))
-    made = NeedleBatches(config, corpus, Curriculum([config.stages[stage]]))
-    return [made[step] for step in range(20)]
+    corpus = load_corpus(config.corpus, load_tokenizer(config.tokenizer or BYTES))
+    made = NeedleSteps(config, corpus, Curriculum([config.stages[stage]]))
+    return [{**made.rows(step), "step": torch.tensor(step)} for step in range(20)]
 
 
 def cpu_seconds() -> float:
@@ -80,8 +79,11 @@ def cpu_seconds() -> float:
 
 
 def run_stages(config: RunConfig, repeats: int) -> list[list[Any]]:
-    tokenizer = load_tokenizer(config.tokenizer)
-    plain, compiled = (Training(config, build_model(config, tokenizer).train()) for _ in range(2))
+    tokenizer = load_tokenizer(config.tokenizer or BYTES)
+    model_config = make_config(config.model, tokenizer)
+    plain, compiled = (
+        Training(config, make_model(model_config, seed=config.seed).train()) for _ in range(2)
+    )
     compile_layers(compiled.model)
     rows = []
     for number, stage in enumerate(config.stages):

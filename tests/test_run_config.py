@@ -7,11 +7,10 @@ import pytest
 import torch
 import yaml
 
-from drt import DRTForCausalLM
+from drt.architectures import make_config, make_model
 from drt.configuration import DRTConfig
 from drt.data import byte_tokenizer
 from drt.training import RunConfig, load_config, save_config
-from drt.training.run import build_model
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 DEMO = CONFIGS / "demo.yaml"
@@ -21,7 +20,7 @@ DEMO = CONFIGS / "demo.yaml"
 def test_every_shipped_config_builds(path: Path) -> None:
     config = load_config(path)
     with torch.device("meta"):
-        model = DRTForCausalLM(DRTConfig(**{"vocab_size": 258, **config.model}))
+        model = make_model(make_config(config.model, byte_tokenizer()), seed=0)
     assert all(stage.length % model.config.chunk_size == 0 for stage in config.stages)
 
 
@@ -36,7 +35,8 @@ def test_the_papers_model_has_the_papers_choices() -> None:
 
 def test_the_baseline_has_the_size_and_budget_of_the_demo() -> None:
     demo, baseline = load_config(DEMO), load_config(CONFIGS / "demo-baseline.yaml")
-    sizes = [build_model(c, byte_tokenizer()).num_parameters() for c in (demo, baseline)]
+    configs = [make_config(run.model, byte_tokenizer()) for run in (demo, baseline)]
+    sizes = [make_model(config, seed=0).num_parameters() for config in configs]
     assert abs(sizes[0] - sizes[1]) < 0.05 * sizes[0]
     assert baseline.model["retrieval_groups"] == []
     assert replace(baseline, model=demo.model, output_dir=demo.output_dir) == demo
@@ -69,8 +69,8 @@ def test_extends_merges_mappings_and_replaces_the_rest(tmp_path: Path) -> None:
         ("precision=half", r"precision must be one of .'auto', 'float32', 'bfloat16'"),
         ("stages.9.length=3", "9 is no item of a list of"),
         ("stages.0.tasks.0.task.kind=triple", r"kind must be one of \['single', 'multi'\]"),
-        ("stages.0.length=100", "stage length 100 must be a multiple of chunk_size 32"),
-        ("stages=[]", "stages is empty"),
+        ("stages.0.length=100", "row length 100 must be a multiple of chunk_size 32"),
+        ("stages=[]", "exactly one of stages .needles. and text, got none"),
         ("seed", "an override reads key=value, got 'seed'"),
         ("seed.deep=1", "deep is inside a plain value"),
         ("training=5", "training must be a mapping, got 5"),
@@ -99,4 +99,4 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
 def test_a_vocabulary_smaller_than_the_tokenizer_is_refused() -> None:
     config: RunConfig = load_config(DEMO, ["model.vocab_size=100"])
     with pytest.raises(ValueError, match=r"vocab_size 100 is smaller than the tokenizer's 258"):
-        build_model(config, byte_tokenizer())
+        make_config(config.model, byte_tokenizer())

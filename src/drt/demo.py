@@ -10,6 +10,7 @@ from typing import Any
 
 from drt import hardware
 from drt.data import Corpus, load_corpus, load_tokenizer
+from drt.data.tokenization import BYTES
 from drt.evaluation import comparison, figure, report
 from drt.evaluation.inspection import inspect_question
 from drt.evaluation.memory import life_peak_rss
@@ -47,7 +48,7 @@ def run_demo(
         name: replace(config, output_dir=str(output_dir / name)) for name, config in configs.items()
     }
     main = configs[DRT]
-    corpus = load_corpus(main.corpus, load_tokenizer(main.tokenizer))
+    corpus = load_corpus(main.corpus, load_tokenizer(main.tokenizer or BYTES))
     seconds: dict[str, float] = {}
     models: dict[str, DRTForCausalLM] = {}
     for name, config in configs.items():

@@ -12,6 +12,8 @@ import yaml
 
 from drt.configuration import DRTConfig
 from drt.data import NeedleTask
+from drt.data.prepared.rows import Documents
+from drt.precision import Precision
 
 CONFIG_FILE = "run.yaml"
 """What a run's configuration is called in its folder, and beside its model."""
@@ -49,6 +51,10 @@ class TrainingConfig:
     """Content tokens of a step; rows per step = tokens_per_step / row length."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """AdamW, or Muon on matrices with AdamW on the rest."""
+    num_micro_batches: int = 1
+    """Forwards and backwards of each process for one optimizer step (gradient accumulation)."""
+    sharding: Literal["none", "fsdp"] = "none"
+    """How several processes share a model: each has all of it (DDP), or a part (FSDP2, GPUs)."""
     learning_rate: float = 3e-3
     """Peak learning rate."""
     final_learning_rate: float = 3e-4
@@ -74,7 +80,32 @@ class TrainingConfig:
     save_every: int = 500
     """Steps between checkpoints; the last two are kept."""
     evaluate_every: int = 500
-    """Steps between needle evaluations at the current row length; 0 = none."""
+    """Steps between needle evaluations at the longest row length, or between measurements of the
+    validation loss; 0 = none."""
+    tensorboard: bool = False
+    """Whether metrics also go to TensorBoard files in the run's folder (needs `tensorboard`)."""
+    peak_tflops: float | None = None
+    """Peak rate of a device in the run's precision, 10^12 operations a second, of which MFU is the
+    share that is reached; None = as published for the GPU, and no MFU where that is not known."""
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Rows of text from a prepared corpus."""
+
+    corpus: str
+    """Folder that `drt data prepare` has written."""
+    length: int = 4096
+    """Content tokens of a row."""
+    documents: Documents = "packed"
+    """How documents share rows: "packed", "crossing" or "apart", as `TokenRows` has it; only DRT
+    models keep packed documents from seeing each other."""
+    split: str = "train"
+    """The split to train on."""
+    validation_split: str = "validation"
+    """The split of the validation loss."""
+    validation_rows: int = 16
+    """Rows of the validation loss, the same at each measurement."""
 
 
 @dataclass(frozen=True)
@@ -114,37 +145,58 @@ class RunConfig:
     output_dir: str
     """Folder of checkpoints, metrics.jsonl and the final model."""
     model: dict[str, Any]
-    """Fields of `DRTConfig`; vocab_size is taken from the tokenizer when it is left out."""
+    """Fields of the model's configuration. `model_type` chooses it: drt (the default), one of our
+    baselines, or any causal language model of transformers. vocab_size is the tokenizer's when it
+    is left out."""
     training: TrainingConfig
     """Budget and optimizer."""
-    stages: list[Stage]
-    """The curriculum, short rows first."""
+    stages: list[Stage] = field(default_factory=list)
+    """Training on needle rows: the curriculum, short rows first."""
+    text: TextData | None = None
+    """Training on text."""
+    initial: str | None = None
+    """A run or saved model to begin with, of which `model` changes fields; None = random weights
+    from the seed."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """What `drt eval` asks unless told otherwise."""
-    tokenizer: str = "bytes"
-    """"bytes", or a Hugging Face tokenizer's name or path."""
+    tokenizer: str | None = None
+    """"bytes", or a Hugging Face tokenizer's name or path; None = that of the prepared corpus or
+    of the initial model, or else bytes."""
     corpus: str | None = None
-    """Haystack text; None = the prose and code of the Python installation."""
+    """Haystack of needle rows; None = the prose and code of the Python installation."""
     seed: int = 0
     """Seed of initialization, data and noise."""
-    precision: Literal["auto", "float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
     """Of matrix products in training and evaluation; auto = bfloat16 where it is native."""
 
     def __post_init__(self) -> None:
-        if not self.stages:
-            raise ValueError("stages is empty: training needs at least one")
-        chunk = self.model.get("chunk_size", DRTConfig.chunk_size)
-        for stage in self.stages:
-            if stage.length % chunk or self.training.tokens_per_step % stage.length:
+        kinds = {"stages": self.stages, "text": self.text}
+        given = [name for name, value in kinds.items() if value]
+        if len(given) != 1:
+            raise ValueError(
+                "a run trains on exactly one of stages (needles) and text, "
+                f"got {' and '.join(given) or 'none'}"
+            )
+        # Only in needle rows does anything stand at the borders of chunks.
+        chunk = self.model.get("chunk_size", DRTConfig.chunk_size) if self.stages else 1
+        for length in self.row_lengths:
+            if length % chunk or self.training.tokens_per_step % length:
                 raise ValueError(
-                    f"stage length {stage.length} must be a multiple of chunk_size {chunk} and "
+                    f"row length {length} must be a multiple of chunk_size {chunk} and "
                     f"divide tokens_per_step {self.training.tokens_per_step}"
                 )
 
     @property
+    def row_lengths(self) -> list[int]:
+        """Tokens of the rows of each stage."""
+        if self.text is not None:
+            return [self.text.length]
+        return [stage.length for stage in self.stages]
+
+    @property
     def train_length(self) -> int:
         """Tokens of the longest training row."""
-        return max(stage.length for stage in self.stages)
+        return max(self.row_lengths)
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:

@@ -12,13 +12,15 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from drt.data import byte_tokenizer, load_corpus
 from drt.training import RunConfig, Stage, train
-from drt.training.curriculum import LEAD_STEPS, SETTLING_STEPS, Curriculum, NeedleBatches
-from drt.training.trainer import latest_checkpoint, needle_losses
+from drt.training.batches import NeedleSteps, StepParts, needle_masks, share
+from drt.training.callbacks import PROGRESS_FILE, latest_checkpoint
+from drt.training.curriculum import LEAD_STEPS, SETTLING_STEPS, Curriculum
 
 
 def metrics(config: RunConfig) -> list[dict[str, Any]]:
     lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+    timed = {"seconds", "tokens_per_second"}
+    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
 
 
 class StoppedError(Exception):
@@ -134,7 +136,7 @@ def test_a_checkpoint_without_its_last_file_is_not_whole(
     train(short)
     folder = Path(short.output_dir)
     assert latest_checkpoint(folder) == folder / "checkpoint-20"
-    (folder / "checkpoint-20" / "curriculum.json").unlink()
+    (folder / "checkpoint-20" / PROGRESS_FILE).unlink()
     assert latest_checkpoint(folder) == folder / "checkpoint-10"
     shutil.rmtree(folder / "checkpoint-10")
     assert latest_checkpoint(folder) is None
@@ -158,19 +160,31 @@ def test_the_curriculum_moves_on_when_the_loss_is_low_and_settled(run_config: Ru
 
 def test_a_batch_is_a_function_of_the_step(run_config: RunConfig) -> None:
     corpus = load_corpus(None, byte_tokenizer())
-    first = NeedleBatches(run_config, corpus, Curriculum(run_config.stages))
-    second = NeedleBatches(run_config, corpus, Curriculum(run_config.stages))
-    second[3]
-    assert torch.equal(first[7]["input_ids"], second[7]["input_ids"])
-    assert not torch.equal(first[7]["input_ids"], first[8]["input_ids"])
+    first = NeedleSteps(run_config, corpus, Curriculum(run_config.stages))
+    second = NeedleSteps(run_config, corpus, Curriculum(run_config.stages))
+    second.rows(3)
+    assert torch.equal(first.rows(7)["input_ids"], second.rows(7)["input_ids"])
+    assert not torch.equal(first.rows(7)["input_ids"], first.rows(8)["input_ids"])
+
+
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_parts_are_the_rows_of_a_step(run_config: RunConfig, num_parts: int) -> None:
+    corpus = load_corpus(None, byte_tokenizer())
+    source = NeedleSteps(run_config, corpus, Curriculum(run_config.stages))
+    parts = StepParts(source, num_steps=60, num_parts=num_parts)
+    assert len(parts) == 60 * num_parts
+    made = [parts[5 * num_parts + part] for part in range(num_parts)]
+    for name, whole in source.rows(5).items():
+        assert torch.equal(torch.cat([part[name] for part in made]), whole)
+    assert [int(part["step"]) for part in made] == [5] * num_parts
     with pytest.raises(IndexError):
-        first[60]
+        parts[60 * num_parts]
 
 
 def test_losses_of_answers_and_text_by_hand() -> None:
-    each = torch.rand(4)
+    each = torch.rand(5)
     mask = torch.tensor([[False, False, True, True, False]])
-    losses = needle_losses(each[None], mask)
-    assert losses.answer == pytest.approx(float(each[1:3].mean()))
-    assert losses.first == pytest.approx(float(each[1]))
-    assert losses.text == pytest.approx(float(each[[0, 3]].mean()))
+    answer, first, text = (float((share(m)[0] * each).sum()) for m in needle_masks(mask))
+    assert answer == pytest.approx(float(each[2:4].mean()))
+    assert first == pytest.approx(float(each[2]))
+    assert text == pytest.approx(float(each[[1, 4]].mean()))

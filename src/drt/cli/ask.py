@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from drt.cli.checkpoints import load_checkpoint
+from drt.checkpoints import load_drt
 
 NAME = "ask"
 HELP = "Go on from a memory with a question, and show which passages were retrieved for it."
@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> None:
     from drt.asking import ask
 
     question = sys.stdin.read() if options.question == "-" else options.question
-    checkpoint = load_checkpoint(options.checkpoint)
+    checkpoint = load_drt(options.checkpoint)
     with checkpoint.autocast():
         reply = ask(
             checkpoint.model,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from drt.cli.checkpoints import find_model
+from drt.checkpoints import find_model
 from drt.cli.lengths import length
 
 NAME = "eval"

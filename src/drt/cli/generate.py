@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from drt.cli.checkpoints import load_checkpoint
+from drt.checkpoints import load_drt
 
 NAME = "generate"
 HELP = "Go on from a prompt of any length."
@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
     if options.top_p is not None and not 0 < options.top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, got {options.top_p}")
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    checkpoint = load_checkpoint(options.checkpoint)
+    checkpoint = load_drt(options.checkpoint)
     ids = torch.from_numpy(encode(checkpoint.tokenizer, prompt))[None]
     if not ids.shape[1]:
         raise ValueError("the prompt is empty")

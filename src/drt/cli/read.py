@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from drt.cli.checkpoints import Checkpoint, load_checkpoint
+from drt.checkpoints import Checkpoint, load_drt
 
 NAME = "read"
 HELP = "Read texts of any size into a memory on disk; a reading that was stopped goes on."
@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> None:
     from drt.data.streaming import list_inputs
 
     inputs = list_inputs(options.files)
-    checkpoint = load_checkpoint(options.checkpoint)
+    checkpoint = load_drt(options.checkpoint)
     ingestion = _open(checkpoint, options)
     try:
         _read(ingestion, inputs, checkpoint)

@@ -5,20 +5,22 @@ from drt.run_config import (
     RunConfig,
     Stage,
     TaskMix,
+    TextData,
     TrainingConfig,
     load_config,
     save_config,
 )
 from drt.training.compilation import compile_layers
 from drt.training.run import train
-from drt.training.trainer import NeedleTrainer
+from drt.training.trainer import RunTrainer
 
 __all__ = [
     "EvaluationConfig",
-    "NeedleTrainer",
     "RunConfig",
+    "RunTrainer",
     "Stage",
     "TaskMix",
+    "TextData",
     "TrainingConfig",
     "compile_layers",
     "load_config",

@@ -6,13 +6,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
-
-from drt.configuration import DRTConfig
-from drt.data import Corpus, batch
-from drt.run_config import RunConfig, Stage
+from drt.run_config import Stage
 
 # Batches are made ahead of the step they are for: a new stage begins this many steps later, so
 # that a batch never depends on how far ahead it was made. Resuming is exact because of it.
@@ -58,29 +52,3 @@ class Curriculum:
         """Read what `save` wrote."""
         data = json.loads(path.read_text())
         self.starts, self.average = data["starts"], data["average"]
-
-
-class NeedleBatches(Dataset[dict[str, Tensor]]):
-    """Step number -> the whole batch of that step, a function of (seed, step, stage) alone."""
-
-    def __init__(self, config: RunConfig, corpus: Corpus, curriculum: Curriculum) -> None:
-        self.config, self.corpus, self.curriculum = config, corpus, curriculum
-        self.chunk_size = config.model.get("chunk_size", DRTConfig.chunk_size)
-
-    def __len__(self) -> int:
-        return self.config.training.num_steps
-
-    def __getitem__(self, step: int) -> dict[str, Tensor]:
-        if not 0 <= step < len(self):
-            raise IndexError(step)
-        stage = self.curriculum.stage_at(step)
-        made = batch(
-            [(item.task, item.weight) for item in stage.tasks],
-            self.corpus,
-            seed=self.config.seed,
-            index=step,
-            batch_size=self.config.training.tokens_per_step // stage.length,
-            length=stage.length,
-            chunk_size=self.chunk_size,
-        )
-        return {**made, "step": torch.tensor(step)}

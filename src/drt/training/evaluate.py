@@ -1,17 +1,20 @@
-"""Needle evaluation while training runs."""
+"""Evaluation while training runs."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from transformers.trainer import Trainer
+import torch
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
 from drt.data import Corpus
+from drt.data.prepared import TokenRows
 from drt.evaluation.needles import evaluate_needles
+from drt.loss import IGNORED
 from drt.precision import autocast
 from drt.run_config import RunConfig
+from drt.training.trainer import RunTrainer
 
 # Enough to see a trend; the evaluation proper comes after training.
 QUESTIONS = 16
@@ -23,7 +26,7 @@ class NeedleEvaluation(TrainerCallback):
     It draws no random numbers of torch's, so training goes on as if it had not been there.
     """
 
-    def __init__(self, trainer: Trainer, config: RunConfig, corpus: Corpus) -> None:
+    def __init__(self, trainer: RunTrainer, config: RunConfig, corpus: Corpus) -> None:
         self.trainer, self.config, self.corpus = trainer, config, corpus
 
     def on_step_end(
@@ -47,3 +50,38 @@ class NeedleEvaluation(TrainerCallback):
             scores[f"{name}_exact_match"] = score.exact_match
         model.train()
         self.trainer.log(scores)
+
+
+class ValidationLoss(TrainerCallback):
+    """Logs the mean loss of the first rows of the validation split, the same ones each time.
+
+    Every process measures all of it, and none of its own.
+
+    Args:
+        trainer: whose model is measured.
+        data: rows of the validation split.
+        rows: how many of them.
+        every: steps between measurements.
+    """
+
+    def __init__(self, trainer: RunTrainer, data: TokenRows, *, rows: int, every: int) -> None:
+        self.trainer, self.data, self.rows, self.every = trainer, data, rows, every
+
+    @torch.no_grad()
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Measure at every `every`-th step and the last."""
+        if state.global_step % self.every and state.global_step != state.max_steps:
+            return
+        model: Any = self.trainer.model_wrapped
+        total, count = 0.0, 0
+        model.eval()
+        for index in range(self.rows):
+            row = {name: each[None].to(args.device) for name, each in self.data[index].items()}
+            with self.trainer.compute_loss_context_manager():
+                _, losses = self.trainer.token_losses(model, row)
+            total += float(losses.double().sum())
+            count += int((row["labels"][:, 1:] != IGNORED).sum())
+        model.train()
+        self.trainer.log({"validation_loss": total / count})

@@ -1,53 +1,55 @@
-"""One training run from a configuration: corpus, model, Trainer, checkpoints, final model."""
+"""One training run from a configuration: data, model, Trainer, checkpoints, final model."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedTokenizerBase, set_seed
+from accelerate import PartialState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.training_args import TrainingArguments
 
-from drt.configuration import DRTConfig
+from drt.architectures import make_config, make_model
+from drt.checkpoints import Checkpoint, load_checkpoint
 from drt.data import Corpus, load_corpus, load_tokenizer
-from drt.modeling import DRTForCausalLM
+from drt.data.prepared import TokenRows
+from drt.data.prepared.corpora import TOKENIZER_FOLDER
+from drt.data.tokenization import BYTES
 from drt.precision import uses_bfloat16
-from drt.run_config import CONFIG_FILE, RunConfig, load_config, save_config
-from drt.training.compilation import compile_layers
-from drt.training.curriculum import Curriculum, NeedleBatches
-from drt.training.evaluate import NeedleEvaluation
-from drt.training.trainer import (
-    CURRICULUM_FILE,
-    CurriculumCheckpoint,
+from drt.run_config import CONFIG_FILE, RunConfig, TextData, load_config, save_config
+from drt.training.batches import NeedleSteps, StepParts, StepSource, TextSteps, first_part
+from drt.training.callbacks import (
+    PROGRESS_FILE,
     MetricsFile,
-    NeedleProgress,
-    NeedleTrainer,
+    Progress,
+    ProgressCheckpoint,
     latest_checkpoint,
 )
+from drt.training.compilation import compile_layers
+from drt.training.curriculum import Curriculum
+from drt.training.evaluate import NeedleEvaluation, ValidationLoss
+from drt.training.trainer import RunTrainer
 
 FINAL_FOLDER = "model"
 METRICS_FILE = "metrics.jsonl"
 
 
-def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> DRTForCausalLM:
-    """The model of a run, initialized from its seed."""
-    fields = {"vocab_size": len(tokenizer), **config.model}
-    if tokenizer.eos_token_id is not None:
-        fields.setdefault("eos_token_id", tokenizer.eos_token_id)
-    if tokenizer.pad_token_id is not None:
-        fields.setdefault("pad_token_id", tokenizer.pad_token_id)
-    model_config = DRTConfig(**fields)
-    if model_config.vocab_size < len(tokenizer):
-        raise ValueError(
-            f"model.vocab_size {model_config.vocab_size} is smaller than the tokenizer's "
-            f"{len(tokenizer)} entries"
-        )
-    set_seed(config.seed)
-    return DRTForCausalLM(model_config)
+class Materials(NamedTuple):
+    """What a run is made of, before anything is written."""
+
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
+    source: StepSource
+    curriculum: Curriculum | None
+    corpus: Corpus | None
+    """The haystack of needle rows."""
+    validation: TokenRows | None
+    """Rows of the validation loss of text."""
 
 
 def train(
@@ -60,9 +62,12 @@ def train(
 ) -> Path:
     """Train a model and save it with its tokenizer.
 
+    Under torchrun each process calls this; the first one writes.
+
     Args:
         config: the run.
-        resume: go on from the newest whole checkpoint in `config.output_dir`, if there is one.
+        resume: go on from the newest whole checkpoint in `config.output_dir`, if there is one. The
+            number of processes may be another than before.
         overwrite: remove what an earlier run left in `config.output_dir`.
         title: what the progress bar is called.
         corpus: the haystack, when it is loaded already.
@@ -71,47 +76,38 @@ def train(
         The folder of the final model.
 
     Raises:
-        ValueError: the folder holds an earlier run and neither `resume` nor `overwrite` is set, or
-            the run to resume had another configuration.
+        ValueError: the folder holds an earlier run and neither `resume` nor `overwrite` is set, the
+            run to resume had another configuration, the rows of a step cannot be shared out, or
+            model and data do not go together.
     """
+    processes = PartialState(cpu=not torch.cuda.is_available())
     folder = Path(config.output_dir)
-    _check_folder(folder, config, resume=resume, overwrite=overwrite)
-    tokenizer = load_tokenizer(config.tokenizer)
-    corpus = corpus or load_corpus(config.corpus, tokenizer)
-    model = build_model(config, tokenizer)
-    # Only now that the run can begin is anything removed or written.
-    if overwrite:
-        shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_config(config, folder / CONFIG_FILE)
-    if config.training.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    if config.training.compile_layers:
-        compile_layers(model)
-    curriculum = Curriculum(config.stages)
-    trainer = NeedleTrainer(
-        model=model,
-        args=_arguments(config),
-        train_dataset=NeedleBatches(config, corpus, curriculum),
-        # An item of the dataset is a batch already.
-        data_collator=_only,
-        text_loss_weight=config.training.text_loss_weight,
-        first_token_weight=config.training.first_token_weight,
-        curriculum=curriculum,
-        optimizer_name=config.training.optimizer,
-    )
-    _replace_callbacks(trainer, config, corpus, title)
+    with processes.main_process_first():
+        # The others find the folder as the first one has left it, and it has checked.
+        if processes.is_main_process:
+            _check_folder(folder, config, resume=resume, overwrite=overwrite)
+        _check_processes(config, processes.num_processes)
+        materials = _materials(config, corpus)
+        if processes.is_main_process:
+            # Only now that the run can begin is anything removed or written.
+            if overwrite:
+                shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_config(config, folder / CONFIG_FILE)
+    trainer = _trainer(config, materials, num_processes=processes.num_processes, title=title)
     checkpoint = latest_checkpoint(folder) if resume else None
-    if checkpoint is not None:
-        curriculum.load(checkpoint / CURRICULUM_FILE)
+    if checkpoint is not None and materials.curriculum is not None:
+        materials.curriculum.load(checkpoint / PROGRESS_FILE)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     final, partial = folder / FINAL_FOLDER, folder / f"{FINAL_FOLDER}.partial"
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    save_config(config, partial / CONFIG_FILE)
-    # Renamed when it is whole: a folder of this name is a finished run.
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
+    trainer.save_model(str(partial))
+    if processes.is_main_process:
+        materials.tokenizer.save_pretrained(partial)
+        save_config(config, partial / CONFIG_FILE)
+        # Renamed when it is whole: a folder of this name is a finished run.
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+    processes.wait_for_everyone()
     return final
 
 
@@ -126,9 +122,93 @@ def training_seconds(folder: Path) -> float:
     return json.loads(lines[-1])["seconds"]
 
 
-def _only(items: list[dict[str, Any]]) -> dict[str, Any]:
-    (item,) = items
-    return item
+def _materials(config: RunConfig, corpus: Corpus | None) -> Materials:
+    initial = None if config.initial is None else load_checkpoint(config.initial)
+    tokenizer = _tokenizer(config, initial)
+    model_config = make_config(
+        config.model, tokenizer, initial=initial.model.config if initial else None
+    )
+    # Data first: it may be refused, and a large model takes time to make.
+    curriculum = validation = None
+    if config.text is not None:
+        rows, validation = _text_rows(config, config.text, tokenizer)
+        source: StepSource = TextSteps(rows, rows_per_step=_rows_per_step(config, rows.length))
+    else:
+        curriculum = Curriculum(config.stages)
+        corpus = corpus or load_corpus(config.corpus, tokenizer)
+        source = NeedleSteps(config, corpus, curriculum)
+    model = make_model(model_config, seed=config.seed, initial=initial.model if initial else None)
+    if config.text is not None:
+        _check_documents(model, config.text)
+    return Materials(tokenizer, model, source, curriculum, corpus, validation)
+
+
+def _tokenizer(config: RunConfig, initial: Checkpoint | None) -> PreTrainedTokenizerBase:
+    if config.tokenizer is not None:
+        return load_tokenizer(config.tokenizer)
+    if config.text is not None:
+        return load_tokenizer(str(Path(config.text.corpus) / TOKENIZER_FOLDER))
+    return load_tokenizer(BYTES) if initial is None else initial.tokenizer
+
+
+def _text_rows(
+    config: RunConfig, text: TextData, tokenizer: PreTrainedTokenizerBase
+) -> tuple[TokenRows, TokenRows | None]:
+    """Rows to train on and rows of the validation loss, if it is measured."""
+    folder, per_step = Path(text.corpus), _rows_per_step(config, text.length)
+    once = TokenRows(
+        folder / text.split, length=text.length, documents=text.documents, tokenizer=tokenizer
+    )
+    rows = TokenRows(
+        once.split,
+        length=text.length,
+        documents=text.documents,
+        seed=config.seed,
+        num_epochs=-(-config.training.num_steps * per_step // once.num_rows),
+    )
+    if not config.training.evaluate_every:
+        return rows, None
+    # Of one seed, so that runs of several seeds have one measure.
+    validation = TokenRows(
+        folder / text.validation_split, length=text.length, documents=text.documents
+    )
+    if len(validation) < text.validation_rows:
+        raise ValueError(
+            f"{validation.split.folder} has {len(validation)} rows of {text.length} tokens, "
+            f"text.validation_rows is {text.validation_rows}"
+        )
+    return rows, validation
+
+
+def _rows_per_step(config: RunConfig, length: int) -> int:
+    return config.training.tokens_per_step // length
+
+
+def _check_documents(model: PreTrainedModel, text: TextData) -> None:
+    """Refuse packed documents for a model that would read them as one text."""
+    knows = "document_ids" in inspect.signature(model.forward).parameters
+    if text.documents == "packed" and not knows:
+        raise ValueError(
+            f"text.documents is packed, and a {type(model).__name__} cannot keep documents of a "
+            "row apart: choose crossing or apart"
+        )
+
+
+def _check_processes(config: RunConfig, num_processes: int) -> None:
+    """Refuse rows that cannot be shared out, and sharding where there is nothing to do it."""
+    parts = num_processes * config.training.num_micro_batches
+    for length in config.row_lengths:
+        rows = _rows_per_step(config, length)
+        if rows % parts:
+            raise ValueError(
+                f"{rows} rows of {length} tokens a step cannot be shared out over {num_processes} "
+                f"processes with {config.training.num_micro_batches} micro-batches each"
+            )
+    if config.training.sharding == "fsdp" and not torch.cuda.is_available():
+        raise ValueError(
+            "training.sharding is fsdp: accelerate shards on GPUs only and would train without; "
+            "use none"
+        )
 
 
 def _check_folder(folder: Path, config: RunConfig, *, resume: bool, overwrite: bool) -> None:
@@ -157,12 +237,40 @@ def check_same_run(folder: Path, config: RunConfig) -> None:
         )
 
 
+def _trainer(
+    config: RunConfig, materials: Materials, *, num_processes: int, title: str
+) -> RunTrainer:
+    training, model = config.training, materials.model
+    if training.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if training.compile_layers:
+        compile_layers(model)
+    trainer = RunTrainer(
+        model=model,
+        args=_arguments(config),
+        train_dataset=StepParts(
+            materials.source,
+            num_steps=training.num_steps,
+            num_parts=num_processes * training.num_micro_batches,
+        ),
+        data_collator=first_part,
+        curriculum=materials.curriculum,
+        optimizer_name=training.optimizer,
+        tokens_per_step=training.tokens_per_step,
+    )
+    _replace_callbacks(trainer, config, materials, title)
+    return trainer
+
+
 def _arguments(config: RunConfig) -> TrainingArguments:
     training = config.training
+    sharding = {} if training.sharding == "none" else _FSDP
     return TrainingArguments(
         output_dir=config.output_dir,
         max_steps=training.num_steps,
+        # A part of a step is one item.
         per_device_train_batch_size=1,
+        gradient_accumulation_steps=training.num_micro_batches,
         learning_rate=training.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr": training.final_learning_rate},
@@ -176,22 +284,45 @@ def _arguments(config: RunConfig) -> TrainingArguments:
         save_steps=training.save_every,
         save_total_limit=2,
         seed=config.seed,
-        report_to="none",
+        report_to=["tensorboard"] if training.tensorboard else "none",
         remove_unused_columns=False,
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
+        # Each process takes its own parts.
+        accelerator_config={"dispatch_batches": False, "even_batches": False},
+        **sharding,
     )
 
 
+# The layers that a model names as those not to be split are sharded one by one.
+_FSDP: dict[str, Any] = {
+    "fsdp": True,
+    "fsdp_config": {
+        "fsdp_version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "state_dict_type": "SHARDED_STATE_DICT",
+    },
+}
+
+
 def _replace_callbacks(
-    trainer: NeedleTrainer, config: RunConfig, corpus: Corpus, title: str
+    trainer: RunTrainer, config: RunConfig, materials: Materials, title: str
 ) -> None:
     """Our progress bar and files in place of the Trainer's printing."""
     from transformers.trainer_callback import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(NeedleProgress(title))
+    trainer.add_callback(Progress(title))
     trainer.add_callback(MetricsFile(Path(config.output_dir) / METRICS_FILE))
-    trainer.add_callback(CurriculumCheckpoint(trainer.curriculum))
-    if config.training.evaluate_every:
-        trainer.add_callback(NeedleEvaluation(trainer, config, corpus))
+    trainer.add_callback(ProgressCheckpoint(trainer.curriculum))
+    if config.training.evaluate_every and materials.corpus is not None:
+        trainer.add_callback(NeedleEvaluation(trainer, config, materials.corpus))
+    if materials.validation is not None:
+        assert config.text is not None
+        rows = config.text.validation_rows
+        trainer.add_callback(
+            ValidationLoss(
+                trainer, materials.validation, rows=rows, every=config.training.evaluate_every
+            )
+        )

@@ -1,71 +1,59 @@
-"""transformers' Trainer, told what a needle batch is and when to lengthen the rows."""
+"""transformers' Trainer on batches that carry the weight of each token's loss."""
 
 from __future__ import annotations
 
-import json
+import inspect
 import time
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler, SequentialSampler
-from tqdm import tqdm
 from transformers.trainer import Trainer
-from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
-from transformers.training_args import TrainingArguments
 
+from drt.loss import losses_of_logits
+from drt.training.batches import needle_masks
 from drt.training.curriculum import Curriculum
 from drt.training.optimizer import MuonWithAdamW, split_parameters
+from drt.training.retrieval_metrics import RetrievalMetrics
 
-CURRICULUM_FILE = "curriculum.json"
+MODEL_INPUTS = ("input_ids", "labels", "attention_mask", "chunk_ends", "document_ids")
+"""Of a batch, what a model reads; chunk_ends and document_ids only where it knows of them."""
 
-
-class NeedleLosses(NamedTuple):
-    """Mean next-token losses of a batch, in nats a token."""
-
-    answer: Tensor
-    """Of answer tokens."""
-    first: Tensor
-    """Of the first token of each answer: the one that no earlier token of it gives away."""
-    text: Tensor
-    """Of all other tokens."""
+NEEDLE_LOSSES = ("answer_loss", "first_token_loss", "text_loss")
 
 
-def needle_losses(losses: Tensor, answer_mask: Tensor) -> NeedleLosses:
-    """The losses of a needle batch.
+class RunTrainer(Trainer):
+    """Trains any causal language model on `StepParts`.
 
-    Args:
-        losses: (B, T - 1), of predicting the tokens 1 .. T - 1.
-        answer_mask: (B, T) bool, as `drt.data.batch` makes it.
-    """
-    answer = answer_mask[:, 1:]
-    first = answer & ~answer_mask[:, :-1]
-    return NeedleLosses(losses[answer].mean(), losses[first].mean(), losses[~answer].mean())
-
-
-class NeedleTrainer(Trainer):
-    """Trains on needle batches.
-
-    loss = answer + first_token_weight * first + text_loss_weight * text, each a mean.
+    The loss of a step is the weighted sum of its tokens' losses, over all processes and
+    micro-batches. Gumbel noise and chunks closed early follow from (seed, part), so that going on
+    after a stop needs no state of random numbers.
     """
 
     def __init__(
         self,
         *,
-        text_loss_weight: float,
-        first_token_weight: float = 0.0,
-        curriculum: Curriculum,
+        curriculum: Curriculum | None = None,
         optimizer_name: str = "adamw",
+        tokens_per_step: int,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.optimizer_name = optimizer_name
-        self.text_loss_weight = text_loss_weight
-        self.first_token_weight = first_token_weight
-        self.curriculum = curriculum
-        self._sums = dict.fromkeys(("answer_loss", "first_token_loss", "text_loss"), 0.0)
-        self._count = 0
+        # The Trainer would divide the loss by the micro-batches otherwise.
+        self.model_accepts_loss_kwargs = True
+        self.optimizer_name, self.curriculum = optimizer_name, curriculum
+        self.tokens_per_step = tokens_per_step
+        model: Any = self.model
+        self._accepts = set(inspect.signature(model.forward).parameters)
+        self._sums = torch.zeros(len(NEEDLE_LOSSES), 2, dtype=torch.float64)
+        self._of_step = torch.zeros(2, dtype=torch.float64)
+        self._retrieval = RetrievalMetrics()
+        self._logged = (-1, 0.0)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
+        return torch.ones((), device=device)
 
     def compute_loss(
         self,
@@ -74,29 +62,89 @@ class NeedleTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The weighted losses; the curriculum hears of that of the answers."""
-        given = {key: inputs[key] for key in ("input_ids", "chunk_ends", "labels")}
-        outputs = model(**given, output_token_losses=True)
-        losses = needle_losses(outputs.token_losses, inputs["answer_mask"])
-        self.curriculum.observe(int(inputs["step"]), float(losses.answer.detach()))
-        for name, value in zip(self._sums, losses, strict=True):
-            self._sums[name] += float(value.detach())
-        self._count += 1
-        loss = (
-            losses.answer
-            + self.first_token_weight * losses.first
-            + self.text_loss_weight * losses.text
-        )
+        """The weighted sum of the losses; the curriculum hears of that of the answers."""
+        outputs, losses = self.token_losses(model, inputs)
+        loss = (losses * inputs["token_weights"][:, 1:]).sum()
+        if "answer_mask" in inputs:
+            self._observe(inputs, losses.detach())
+        if getattr(outputs, "retrievals", None):
+            self._retrieval.add(outputs.retrievals)
+        # Gradients are averaged over the processes.
+        loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
+    def token_losses(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[Any, Tensor]:
+        """What the model returns, and (B, T - 1) losses of tokens 1 .. T - 1."""
+        given = {
+            name: inputs[name]
+            for name in MODEL_INPUTS
+            if name in inputs and name in self._accepts and name != "labels"
+        }
+        if "generator" in self._accepts and model.training:
+            given["generator"] = self._generator(int(inputs["index"]))
+        if "output_retrievals" in self._accepts and model.training and self._logs_next:
+            given["output_retrievals"] = True
+        if "output_token_losses" in self._accepts:
+            outputs = model(**given, labels=inputs["labels"], output_token_losses=True)
+            return outputs, outputs.token_losses
+        outputs = model(**given, use_cache=False)
+        return outputs, losses_of_logits(outputs.logits[:, :-1], inputs["labels"][:, 1:])
+
+    def _generator(self, index: int) -> torch.Generator:
+        mixed = np.random.SeedSequence([self.args.seed, index]).generate_state(1, np.uint64)
+        return torch.Generator(self.args.device).manual_seed(int(mixed[0]))
+
+    @property
+    def _logs_next(self) -> bool:
+        return (self.state.global_step + 1) % self.args.logging_steps == 0
+
+    def _observe(self, inputs: dict[str, Any], losses: Tensor) -> None:
+        """Add up the losses of answers and text; tell the curriculum at the end of a step."""
+        masks = [mask[:, 1:] for mask in needle_masks(inputs["answer_mask"])]
+        sums = [[losses[mask].sum().item(), mask.sum().item()] for mask in masks]
+        parts = torch.tensor(sums, dtype=torch.float64)
+        self._sums += parts
+        self._of_step += parts[0]
+        done = (int(inputs["index"]) // self.accelerator.num_processes + 1) % (
+            self.args.gradient_accumulation_steps
+        )
+        if self.curriculum is not None and done == 0:
+            total, count = self._over_processes(self._of_step).tolist()
+            self.curriculum.observe(int(inputs["step"]), total / count)
+            self._of_step.zero_()
+
+    def _over_processes(self, sums: Tensor) -> Tensor:
+        if self.accelerator.num_processes == 1:
+            return sums
+        on_device = sums.to(self.args.device, torch.float32)
+        return self.accelerator.reduce(on_device, reduction="sum").cpu().double()  # type: ignore[union-attr]
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the losses and the row length to what is logged."""
-        if "loss" in logs and self._count:
-            logs.update({key: value / self._count for key, value in self._sums.items()})
-            logs["length"] = self.curriculum.stage_at(self.state.global_step - 1).length
-            self._sums = dict.fromkeys(self._sums, 0.0)
-            self._count = 0
+        """Add losses, row length, speed and retrieval to what is logged."""
+        if "loss" in logs:
+            if self._sums[0, 1] > 0:
+                totals = self._over_processes(self._sums)
+                means = (totals[:, 0] / totals[:, 1]).tolist()
+                logs.update(zip(NEEDLE_LOSSES, means, strict=True))
+                self._sums.zero_()
+            if self.curriculum is not None:
+                logs["length"] = self.curriculum.stage_at(self.state.global_step - 1).length
+            logs.update(self._retrieval.take())
+            logs.update(self._speed())
         super().log(logs, start_time)
+
+    def _speed(self) -> dict[str, float]:
+        """Content tokens a second since the last line, of all processes together."""
+        now, step = time.perf_counter(), self.state.global_step
+        before, self._logged = self._logged, (step, now)
+        if before[0] < 0:
+            return {}
+        rate = (step - before[0]) * self.tokens_per_step / (now - before[1])
+        return {"tokens_per_second": round(rate, 1)}
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """Matrices are decayed; norms, biases and vectors are not."""
+        return [name for name, each in model.named_parameters() if each.dim() > 1]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW as the Trainer makes it, or Muon with AdamW."""
@@ -114,102 +162,5 @@ class NeedleTrainer(Trainer):
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        # Item i is the batch of step i: the order is the data.
+        # Item i is part i: the order is the data.
         return SequentialSampler(train_dataset or self.train_dataset)  # type: ignore[arg-type]
-
-
-class MetricsFile(TrainerCallback):
-    """Appends what is logged to metrics.jsonl, one JSON object a line."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.started = 0.0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Drop lines of steps that a resumed run will take again."""
-        kept: list[str] = []
-        if self.path.is_file() and state.global_step:
-            lines = self.path.read_text().splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-        self.path.write_text("".join(line + "\n" for line in kept))
-        before = json.loads(kept[-1])["seconds"] if kept else 0.0
-        self.started = time.monotonic() - before
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        """Write one line: the step, what was logged, and seconds trained over all restarts."""
-        if not logs or "train_runtime" in logs:
-            return
-        seconds = round(time.monotonic() - self.started, 2)
-        record = {"step": state.global_step, **logs, "seconds": seconds}
-        record.pop("epoch", None)
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-
-
-class CurriculumCheckpoint(TrainerCallback):
-    """Puts the curriculum's progress into each checkpoint; written last, it marks a whole one."""
-
-    def __init__(self, curriculum: Curriculum) -> None:
-        self.curriculum = curriculum
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Write curriculum.json beside the weights."""
-        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        self.curriculum.save(folder / CURRICULUM_FILE)
-
-
-class NeedleProgress(TrainerCallback):
-    """A progress bar with row length and losses; plain lines where there is no terminal."""
-
-    def __init__(self, title: str) -> None:
-        self.title = title
-        self.bar: Any = None
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Open the bar at the step that training starts from."""
-        steps, done = state.max_steps, state.global_step
-        self.bar = tqdm(total=steps, initial=done, desc=self.title, unit="step", mininterval=1.0)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Move the bar."""
-        self.bar.update(1)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        """Show row length and losses."""
-        if logs and "answer_loss" in logs:
-            shown = {"length": str(logs["length"]), "answers": f"{logs['answer_loss']:.3f}"}
-            self.bar.set_postfix({**shown, "text": f"{logs['text_loss']:.3f}"}, refresh=False)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Close the bar."""
-        self.bar.close()
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint under `folder`, or None."""
-    whole = [path.parent for path in folder.glob(f"checkpoint-*/{CURRICULUM_FILE}")]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)

@@ -1,0 +1,109 @@
+"""From the `model` of a run configuration to a model: ours, our baselines, any of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+import drt.baselines  # noqa: F401  (registers the baselines)
+from drt.configuration import DRTConfig
+
+DEFAULT_TYPE = DRTConfig.model_type
+
+
+def make_config(
+    model: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    initial: PreTrainedConfig | None = None,
+) -> PreTrainedConfig:
+    """The configuration of a model.
+
+    Args:
+        model: fields of the configuration. `model_type` names its kind as transformers does;
+            without it, it is that of `initial`, or "drt".
+        tokenizer: gives the vocabulary's size and the ids of padding and end, where they are not
+            among the fields.
+        initial: a configuration of which fields are changed; None = the kind's defaults.
+
+    Raises:
+        ValueError: an unknown kind or field, a value that the configuration refuses, or a
+            vocabulary smaller than the tokenizer's.
+    """
+    given = dict(model)
+    default = DEFAULT_TYPE if initial is None else initial.model_type
+    kind = given.pop("model_type", default)
+    if initial is not None and kind != initial.model_type:
+        raise ValueError(
+            f"model_type {kind} cannot go on from an initial model of type {initial.model_type}"
+        )
+    config_class = _config_class(kind)
+    _refuse_unknown(config_class, given)
+    if initial is None:
+        given = {**_of_tokenizer(tokenizer), **given}
+        config = config_class(**given)
+    else:
+        config = config_class(**{**initial.to_dict(), **given})
+    size = getattr(config, "vocab_size", None)
+    if size is None or size < len(tokenizer):
+        raise ValueError(
+            f"model.vocab_size {size} is smaller than the tokenizer's {len(tokenizer)} entries"
+        )
+    return config
+
+
+def make_model(
+    config: PreTrainedConfig, *, seed: int, initial: PreTrainedModel | None = None
+) -> PreTrainedModel:
+    """A model with random weights, or with those of another of the same shapes.
+
+    Raises:
+        ValueError: the weights of `initial` do not fit.
+    """
+    set_seed(seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    if initial is not None:
+        try:
+            model.load_state_dict(initial.state_dict())
+        except RuntimeError as error:
+            raise ValueError(f"the initial model does not fit: {error}") from error
+    return model
+
+
+def _config_class(kind: str) -> type[PreTrainedConfig]:
+    try:
+        return type(AutoConfig.for_model(kind))
+    except ValueError as error:
+        raise ValueError(f"model.model_type {kind!r} is no model that is known here") from error
+
+
+def _refuse_unknown(config_class: type[PreTrainedConfig], given: Mapping[str, Any]) -> None:
+    """Configurations of transformers take any key and keep it: a typing error would go unseen."""
+    known = {field.name for field in fields(config_class)}  # type: ignore[arg-type]
+    known |= set(config_class.attribute_map)
+    for key in given:
+        if key not in known:
+            near = get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{config_class.__name__} has no field {key}{hint}")
+
+
+def _of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    # Some kinds have ids of a vocabulary of their own as defaults.
+    return {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }

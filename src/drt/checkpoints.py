@@ -1,0 +1,100 @@
+"""From a folder or a name to a model that can be used, with its tokenizer."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from drt.precision import Precision
+
+
+class Checkpoint(NamedTuple):
+    """A trained model and what belongs to it."""
+
+    folder: Path
+    """Where config.json is; for a model of the hub, its name."""
+    model: Any
+    """A causal language model, in evaluation mode."""
+    tokenizer: Any
+    """Its tokenizer."""
+    precision: Precision
+    """Precision of matrix products, as in the run's configuration."""
+
+    @property
+    def name(self) -> str:
+        """What to call it in a table: the run's folder, or the model's."""
+        return self.folder.parent.name if self.folder.name == "model" else self.folder.name
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context to run the model in."""
+        from drt.precision import autocast
+
+        return autocast(self.precision, self.model.device)
+
+
+def find_model(folder: Path) -> Path:
+    """The folder that holds config.json: the given one, or the `model` folder of a run."""
+    for candidate in (folder, folder / "model"):
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise ValueError(f"{folder} holds no model: there is no config.json in it or in {folder}/model")
+
+
+def load_checkpoint(name: str | Path) -> Checkpoint:
+    """Load a causal language model with its tokenizer, onto the GPU if there is one.
+
+    Args:
+        name: the folder of a run, or of any saved model that transformers can load; or, where
+            there is no folder OWNER, the name OWNER/NAME of a model on the Hugging Face hub.
+
+    Raises:
+        ValueError: no such model or tokenizer, damaged weights, or a tokenizer with more entries
+            than the model.
+        OSError: the hub has no such model, or cannot be reached.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    import drt.architectures  # noqa: F401  (registers what may be loaded)
+    from drt.data import load_tokenizer
+    from drt.run_config import CONFIG_FILE, load_config
+
+    disable_progress_bar()
+    found = Path(name) if _is_hub_name(str(name)) else find_model(Path(name))
+    run = found / CONFIG_FILE
+    precision = load_config(run).precision if run.is_file() else "float32"
+    tokenizer: Any = load_tokenizer(str(found))
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(str(found), dtype=torch.float32).eval()
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {found} are damaged: {error}") from error
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {found} has {len(tokenizer)} entries, its model "
+            f"{model.config.vocab_size}"
+        )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Checkpoint(found, model.to(device), tokenizer, precision)
+
+
+def _is_hub_name(name: str) -> bool:
+    """Whether a name can only be one of the hub's: a folder that is misspelt is not looked for."""
+    path = Path(name)
+    return len(path.parts) == 2 and not path.is_absolute() and not path.parent.exists()
+
+
+def load_drt(name: str | Path) -> Checkpoint:
+    """`load_checkpoint` for what only a DRT can do.
+
+    Raises:
+        ValueError: as `load_checkpoint`, or another kind of model.
+    """
+    from drt.modeling import DRTForCausalLM
+
+    checkpoint = load_checkpoint(name)
+    if not isinstance(checkpoint.model, DRTForCausalLM):
+        raise ValueError(f"{name} is a {type(checkpoint.model).__name__}, which has no memory")
+    return checkpoint

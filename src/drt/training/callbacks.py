@@ -1,0 +1,128 @@
+"""What happens beside training: metrics, a progress bar, what a checkpoint needs to go on."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
+from transformers.training_args import TrainingArguments
+
+from drt.training.curriculum import Curriculum
+
+PROGRESS_FILE = "progress.json"
+"""In each checkpoint, written last: a checkpoint without it is not whole."""
+
+
+class MetricsFile(TrainerCallback):
+    """Appends what is logged to metrics.jsonl, one JSON object a line, in the first process."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.started = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Drop lines of steps that a resumed run will take again."""
+        if not state.is_world_process_zero:
+            return
+        kept: list[str] = []
+        if self.path.is_file() and state.global_step:
+            lines = self.path.read_text().splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+        self.path.write_text("".join(line + "\n" for line in kept))
+        before = json.loads(kept[-1])["seconds"] if kept else 0.0
+        self.started = time.monotonic() - before
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Write one line: the step, what was logged, and seconds trained over all restarts."""
+        if not logs or "train_runtime" in logs or not state.is_world_process_zero:
+            return
+        seconds = round(time.monotonic() - self.started, 2)
+        record = {"step": state.global_step, **logs, "seconds": seconds}
+        record.pop("epoch", None)
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+class ProgressCheckpoint(TrainerCallback):
+    """Puts the curriculum's progress, if there is one, into each checkpoint."""
+
+    def __init__(self, curriculum: Curriculum | None) -> None:
+        self.curriculum = curriculum
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Write progress.json beside the weights."""
+        if not state.is_world_process_zero:
+            return
+        file = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / PROGRESS_FILE
+        if self.curriculum is None:
+            file.write_text("{}")
+        else:
+            self.curriculum.save(file)
+
+
+class Progress(TrainerCallback):
+    """A progress bar with row length and losses; plain lines where there is no terminal."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.bar: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Open the bar at the step that training starts from."""
+        steps, done = state.max_steps, state.global_step
+        hidden = not state.is_world_process_zero
+        self.bar = tqdm(
+            total=steps, initial=done, desc=self.title, unit="step", mininterval=1.0, disable=hidden
+        )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Move the bar."""
+        self.bar.update(1)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Show row length and losses."""
+        if not logs or "loss" not in logs:
+            return
+        shown = {"loss": f"{logs['loss']:.3f}"}
+        if "answer_loss" in logs:
+            shown = {"length": str(logs["length"]), "answers": f"{logs['answer_loss']:.3f}"}
+            shown["text"] = f"{logs['text_loss']:.3f}"
+        self.bar.set_postfix(shown, refresh=False)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Close the bar."""
+        self.bar.close()
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint under `folder`, or None."""
+    whole = [path.parent for path in folder.glob(f"checkpoint-*/{PROGRESS_FILE}")]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
