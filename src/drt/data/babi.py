@@ -214,7 +214,8 @@ def scatter(
 ) -> tuple[np.ndarray, list[int]]:
     """Put facts, in their order, between random sentences of a haystack.
 
-    A border may take several facts, one after the other; the start of the haystack is one.
+    A border may take several facts, one after the other. A haystack in which no sentence begins
+    takes all of them at its start.
 
     Args:
         rng: the source of the places.

@@ -29,27 +29,28 @@ def sentence_borders(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> np.
 
     A border is where a token that begins with a blank follows one that ends with a full stop, an
     exclamation mark or a question mark, closing marks between them allowed. The full stop of an
-    abbreviation counts too. The start of the text is always a border.
+    abbreviation counts too.
 
     Args:
         ids: the text, shape (num_tokens,).
         tokenizer: what made it.
 
     Returns:
-        Ascending positions, int64, shape (num_borders,), at least one: each is that of the token
-        that comes after the border.
+        Ascending positions, int64, shape (num_borders,): each is that of the token that comes
+        after the border. Where no sentence begins, the start of the text alone.
     """
     marks = _marks(tokenizer)
     before, after = ids[:-1], ids[1:]
     ended = marks.ends[before]
     ended[1:] |= marks.closes[before[1:]] & marks.ends[before[:-1]]
-    return np.concatenate([[0], 1 + np.flatnonzero(ended & marks.opens[after])])
+    borders = 1 + np.flatnonzero(ended & marks.opens[after])
+    return borders if len(borders) else np.zeros(1, dtype=np.int64)
 
 
 @lru_cache(maxsize=4)
 def _marks(tokenizer: PreTrainedTokenizerBase) -> _Marks:
     numbers = range(len(tokenizer))
-    texts = [tokenizer.decode([number]) for number in numbers]
+    texts = tokenizer.batch_decode([[number] for number in numbers])
     pieces = tokenizer.convert_ids_to_tokens(list(numbers))
     bare = [text.rstrip(_CLOSERS) for text in texts]
     return _Marks(
