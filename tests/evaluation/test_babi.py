@@ -33,7 +33,7 @@ def settings(tmp_path: Path) -> dict[str, Any]:
         for number, (person, place) in enumerate((("Mary", "garden"), ("John", "office")))
     ]
     (tmp_path / "stories.jsonl").write_text("".join(json.dumps(row) + "\n" for row in stories))
-    (tmp_path / "book.txt").write_text("It rained. Nobody came. The night was long. " * 60)
+    (tmp_path / "book.txt").write_text("It rained. Nobody came. The night was long. " * 200)
     return {
         "facts": str(tmp_path / "stories.jsonl"),
         "corpus": str(tmp_path / "book.txt"),
