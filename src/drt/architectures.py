@@ -49,12 +49,14 @@ def make_config(
             f"model_type {kind} cannot go on from an initial model of type {initial.model_type}"
         )
     config_class = _config_class(kind)
-    _refuse_unknown(config_class, given)
+    _refuse_unknown(kind, given)
     if initial is None:
         given = {**_of_tokenizer(tokenizer), **given}
         config = config_class(**given)
     else:
-        config = config_class(**{**initial.to_dict(), **given})
+        known = known_fields(kind)
+        kept = {key: value for key, value in initial.to_dict().items() if key in known}
+        config = config_class(**{**kept, **given})
     size = getattr(config, "vocab_size", None)
     if size is None or size < len(tokenizer):
         raise ValueError(
@@ -88,15 +90,25 @@ def _config_class(kind: str) -> type[PreTrainedConfig]:
         raise ValueError(f"model.model_type {kind!r} is no model that is known here") from error
 
 
-def _refuse_unknown(config_class: type[PreTrainedConfig], given: Mapping[str, Any]) -> None:
+def known_fields(kind: str) -> set[str]:
+    """Names of the fields that the configuration of a kind of model has.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    config_class = _config_class(kind)
+    declared = {field.name for field in fields(config_class)}  # type: ignore[arg-type]
+    return declared | set(config_class.attribute_map)
+
+
+def _refuse_unknown(kind: str, given: Mapping[str, Any]) -> None:
     """Configurations of transformers take any key and keep it: a typing error would go unseen."""
-    known = {field.name for field in fields(config_class)}  # type: ignore[arg-type]
-    known |= set(config_class.attribute_map)
+    known = known_fields(kind)
     for key in given:
         if key not in known:
             near = get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"{config_class.__name__} has no field {key}{hint}")
+            raise ValueError(f"unknown key model.{key} of a {kind} model{hint}")
 
 
 def _of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -209,14 +209,18 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     Raises:
         ValueError: no such file, not YAML, an unknown key, or a value of the wrong type.
     """
-    data = _read(Path(path))
+    data = read_mapping(Path(path))
     for override in overrides or []:
-        _apply(data, override)
+        apply_override(data, override)
     return build(RunConfig, data)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A YAML mapping, laid over the one that its `extends` key names."""
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A YAML mapping, laid over the one that its `extends` key names.
+
+    Raises:
+        ValueError: no such file, or no YAML mapping in it.
+    """
     if not path.is_file():
         raise ValueError(f"no configuration file at {path}")
     try:
@@ -226,16 +230,31 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError(f"{path} must hold a mapping, got {type(data).__name__}")
     below = data.pop("extends", None)
-    return data if below is None else _overlay(_read(path.parent / below), data)
+    return data if below is None else overlay(read_mapping(path.parent / below), data)
 
 
-def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Mappings are merged; anything else above replaces what is below."""
-    merged = dict(below)
+def overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Mappings are merged; anything else above replaces what is below.
+
+    Under a `model_type` that is another than the one below, those fields below are left out that
+    its configuration does not have.
+    """
+    merged = _fields_of_both(below, above)
     for key, value in above.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _overlay(merged[key], value) if both else value
+        merged[key] = overlay(merged[key], value) if both else value
     return merged
+
+
+def _fields_of_both(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    kind = above.get("model_type")
+    if kind is None or kind == below.get("model_type", DRTConfig.model_type):
+        return dict(below)
+    # Here and not above: it imports every kind of model.
+    from drt.architectures import known_fields
+
+    known = known_fields(kind)
+    return {key: value for key, value in below.items() if key in known}
 
 
 def save_config(config: RunConfig, path: Path) -> None:
@@ -268,18 +287,20 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, list):
             raise ValueError(f"{where} must be a list, got {value!r}")
         return [_convert(args[0], item, f"{where}.{n}") for n, item in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} must be a mapping, got {value!r}")
+        return {key: _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
+    if hint is Any:
+        return value
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None
         return _convert(next(arg for arg in args if arg is not type(None)), value, where)
-    return _convert_plain(hint, origin, args, value, where)
+    return _convert_plain(hint, args, value, where)
 
 
-def _convert_plain(hint: Any, origin: Any, args: tuple[Any, ...], value: Any, where: str) -> Any:
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise ValueError(f"{where} must be a mapping, got {value!r}")
-        return value
+def _convert_plain(hint: Any, args: tuple[Any, ...], value: Any, where: str) -> Any:
     if args:
         if value not in args:
             raise ValueError(f"{where} must be one of {list(args)}, got {value!r}")
@@ -295,8 +316,12 @@ def _convert_plain(hint: Any, origin: Any, args: tuple[Any, ...], value: Any, wh
     return value
 
 
-def _apply(data: dict[str, Any], override: str) -> None:
-    """Set one "dotted.key=value" in nested mappings and lists."""
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Set one "dotted.key=value" in nested mappings and lists, the value in YAML.
+
+    Raises:
+        ValueError: no key=value, or a key that leads nowhere.
+    """
     key, equals, text = override.partition("=")
     if not equals:
         raise ValueError(f"an override reads key=value, got {override!r}")

@@ -7,11 +7,12 @@ from pathlib import Path
 import drt.version
 
 
-def find_config(name: str) -> Path:
+def find_config(name: str, *, folder: str = "") -> Path:
     """A file's path, or the shipped configuration of that name.
 
     Args:
         name: a path, or a shipped configuration's name such as "demo" or "data/pg19".
+        folder: where among the shipped ones to look.
 
     Raises:
         ValueError: neither exists; the shipped names are listed.
@@ -19,8 +20,7 @@ def find_config(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    folder = _folder()
-    shipped = folder / f"{name.removesuffix('.yaml')}.yaml"
+    shipped = _folder() / folder / f"{name.removesuffix('.yaml')}.yaml"
     if shipped.is_file():
         return shipped
     names = ", ".join(sorted(file.stem for file in shipped.parent.glob("*.yaml")))

@@ -6,9 +6,9 @@ import argparse
 import os
 import sys
 
-from drt.cli import ask, data, demo, evaluate, generate, memory, read, train
+from drt.cli import ask, data, demo, evaluate, generate, memory, read, study, train
 
-COMMANDS = (demo, data, train, evaluate, read, ask, generate, memory)
+COMMANDS = (demo, data, train, evaluate, study, read, ask, generate, memory)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -49,7 +49,7 @@ class NeedleEvaluation(TrainerCallback):
                 )
             scores[f"{name}_exact_match"] = score.exact_match
         model.train()
-        self.trainer.log(scores)
+        _log_beside(self.trainer, scores)
 
 
 class ValidationLoss(TrainerCallback):
@@ -84,4 +84,11 @@ class ValidationLoss(TrainerCallback):
             total += float(losses.double().sum())
             count += int((row["labels"][:, 1:] != IGNORED).sum())
         model.train()
-        self.trainer.log({"validation_loss": total / count})
+        _log_beside(self.trainer, {"validation_loss": total / count})
+
+
+def _log_beside(trainer: RunTrainer, scores: dict[str, float]) -> None:
+    """Log scores, and leave the line of the step's own losses to be logged."""
+    wanted = trainer.control.should_log
+    trainer.log(scores)
+    trainer.control.should_log = wanted

@@ -1,0 +1,88 @@
+"""`drt study NAME`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from drt.cli.configs import find_config
+
+NAME = "study"
+HELP = "Train and measure all models of a table, and write its page."
+EPILOG = (
+    "A study that was stopped goes on where it was when the same command is given again. "
+    "Example: drt study perplexity-1m corpus=data/pg19 --workers 2"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("study", help="a YAML file, or the name of a shipped study")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="a parameter or another key: seeds=[0]"
+    )
+    parser.add_argument("--output", type=Path, help="folder of the runs; runs/studies/NAME")
+    parser.add_argument("--page", type=Path, help="the page that is written; docs/results/NAME.md")
+    parser.add_argument(
+        "--workers", type=int, default=1, help="runs at a time, one thread each if several"
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--page-only", action="store_true", help="only write the page of what is there"
+    )
+    what.add_argument(
+        "--run", nargs=2, metavar=("ROW", "SEED"), help="only train and measure this run"
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do what is left of the study, then write its page."""
+    from drt.study import Job, load_study, run_job
+    from drt.study.report import write_page
+
+    path = find_config(options.study, folder="studies")
+    study = load_study(path, options.overrides)
+    folder = options.output or Path("runs/studies") / path.stem
+    if options.run:
+        row, seed = options.run
+        if row not in study.rows or not seed.isdecimal():
+            raise ValueError(f"no run {row!r} {seed!r}: rows are {', '.join(study.rows)}")
+        run_job(study, Job(row, int(seed)), folder)
+        return
+    failed = [] if options.page_only else _run_all(study, folder, options)
+    page = options.page or Path("docs/results") / f"{path.stem}.md"
+    write_page(study, folder, page, command=_command(options))
+    print(f"page: {page}\nruns: {folder}")
+    if failed:
+        raise ValueError(f"{len(failed)} runs failed: {'; '.join(failed)}")
+
+
+def _run_all(study: Any, folder: Path, options: argparse.Namespace) -> list[str]:
+    """Run what is left; which runs failed."""
+    from drt.study.jobs import plan_jobs, run_all
+
+    if options.workers < 1:
+        raise ValueError(f"--workers must be at least 1, got {options.workers}")
+    failed = []
+    print(f"{len(plan_jobs(study))} runs in {folder}, what they say in <row>/seed-<n>-log.txt")
+    for job, seconds, status in run_all(
+        study, folder, num_workers=options.workers, command=lambda job: _words(job, folder, options)
+    ):
+        print(f"{job.row}, seed {job.seed}: {'done' if status == 0 else 'failed'}, {seconds:.0f} s")
+        if status:
+            failed.append(f"{job.row} {job.seed}, exit status {status}")
+    return failed
+
+
+def _words(job: Any, folder: Path, options: argparse.Namespace) -> list[str]:
+    """The command line of one run, for this Python."""
+    return [
+        *("-m", "drt.cli.main", "study", options.study, *options.overrides),
+        *("--output", str(folder), "--run", job.row, str(job.seed)),
+    ]
+
+
+def _command(options: argparse.Namespace) -> str:
+    words = ["drt", "study", options.study, *options.overrides]
+    return " ".join([*words, *(["--workers", str(options.workers)] * (options.workers > 1))])

@@ -1,0 +1,162 @@
+"""What a study is: rows of models, measurements, and the columns of its table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from drt.run_config import RunConfig, apply_override, build, overlay, read_mapping
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What is measured of every run."""
+
+    task: str
+    """A task of `drt eval`."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Its settings, where they are not its defaults."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table: one figure of one measurement."""
+
+    measurement: str
+    """Whose record it is taken from."""
+    value: str
+    """Where the figure is in the record: keys and list numbers, with dots between."""
+    better: Literal["lower", "higher"] = "lower"
+    """Which figure is the better one."""
+    decimals: int = 3
+    """Decimals that are shown."""
+    paper: dict[str, float] = field(default_factory=dict)
+    """The paper's figures, by row."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A picture: a figure over lengths or positions, one line a row."""
+
+    measurement: str
+    """Whose record it is taken from."""
+    values: str
+    """Where in the record a list of mappings is, one a point; "" = the record itself is that."""
+    x: str
+    """The key of a point that goes right."""
+    y: str
+    """The key of a point that goes up."""
+    log_y: bool = False
+    """Whether the axis that goes up is logarithmic."""
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Models that are trained on the same data for as many steps, and measured alike."""
+
+    title: str
+    """The title of the page."""
+    base: str
+    """The run configuration that rows change: a file beside this one, or a shipped one's name."""
+    rows: dict[str, dict[str, Any]]
+    """By name, what each row changes of the base; `initial: {row: NAME}` begins with another row.
+    With another model_type, the fields that both kinds have carry over."""
+    measurements: dict[str, Measurement]
+    """By name, what is measured of every run."""
+    columns: dict[str, Column]
+    """By title, the columns of the table."""
+    about: str = ""
+    """What the page says first, in Markdown."""
+    parameters: dict[str, str] = field(default_factory=dict)
+    """Values for {name} in all texts below; given on the command line as name=value."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """Seeds of every row."""
+    comparisons: list[list[str]] = field(default_factory=list)
+    """Pairs of rows that are compared seed by seed, the first with the second."""
+    curves: dict[str, Curve] = field(default_factory=dict)
+    """By title, the pictures."""
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            raise ValueError("rows is empty: a study needs at least one")
+        for title, shown in {**self.columns, **self.curves}.items():
+            if shown.measurement not in self.measurements:
+                raise ValueError(
+                    f"{title!r} shows {shown.measurement!r}, which is not among the measurements: "
+                    f"{', '.join(self.measurements)}"
+                )
+        for pair in self.comparisons:
+            if len(pair) != 2 or any(name not in self.rows for name in pair):
+                raise ValueError(f"a comparison names two rows, got {pair}")
+        for name in self.rows:
+            source = self.initial_row(name)
+            if source is not None and source not in self.rows:
+                raise ValueError(f"row {name!r} begins with {source!r}, which is no row")
+
+    def initial_row(self, name: str) -> str | None:
+        """The row that a row begins with, if any."""
+        initial = self.rows[name].get("initial")
+        return initial["row"] if isinstance(initial, dict) else None
+
+
+def load_study(path: Path, overrides: list[str]) -> StudyConfig:
+    """Read a study.
+
+    Args:
+        path: a YAML file; `extends` may name another, beside it, to change parts of.
+        overrides: "name=value" of parameters, and "dotted.key=value" of anything else.
+
+    Raises:
+        ValueError: no such file, not YAML, an unknown key, or a value of the wrong type.
+    """
+    data = read_mapping(path)
+    parameters = data.setdefault("parameters", {})
+    for override in overrides:
+        name, _, value = override.partition("=")
+        if name in parameters:
+            parameters[name] = value
+        else:
+            apply_override(data, override)
+    base = path.parent / data.get("base", "")
+    filled = _fill(data, parameters)
+    if base.is_file():
+        filled["base"] = str(base)
+    return build(StudyConfig, filled)
+
+
+def run_config(study: StudyConfig, base: dict[str, Any], row: str, seed: int, folder: Path) -> Any:
+    """The configuration of one run of a row.
+
+    Args:
+        study: the study.
+        base: the mapping of its base configuration.
+        row: the row's name.
+        seed: the run's seed.
+        folder: of the study; a run has its own folder in it.
+    """
+    changes = dict(study.rows[row])
+    source = study.initial_row(row)
+    if source is not None:
+        changes["initial"] = str(run_folder(folder, source, seed))
+    data = overlay(_fill(base, study.parameters), changes)
+    data |= {"seed": seed, "output_dir": str(run_folder(folder, row, seed))}
+    return build(RunConfig, data)
+
+
+def run_folder(folder: Path, row: str, seed: int) -> Path:
+    """Where a run of a row is kept."""
+    name = "".join(each if each.isalnum() else "-" for each in row).strip("-").lower()
+    return folder / name / f"seed-{seed}"
+
+
+def _fill(value: Any, parameters: dict[str, str]) -> Any:
+    """Put parameters in place of their {name} in all texts."""
+    if isinstance(value, dict):
+        return {key: _fill(each, parameters) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_fill(each, parameters) for each in value]
+    if isinstance(value, str):
+        for name, text in parameters.items():
+            value = value.replace("{" + name + "}", text)
+    return value

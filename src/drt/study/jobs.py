@@ -1,0 +1,158 @@
+"""The work of a study: each run trained once and measured once, wherever it was stopped before."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from drt.checkpoints import load_checkpoint
+from drt.evaluation.tasks import make_task
+from drt.memory.files import write_whole
+from drt.run_config import CONFIG_FILE, read_mapping
+from drt.study.config import Measurement, StudyConfig, run_config, run_folder
+from drt.training import train
+from drt.training.run import FINAL_FOLDER, is_finished, training_seconds
+
+RESULTS_FILE = "results.json"
+"""In a run's folder: what was measured, with the settings it was measured with."""
+
+LOG_FILE = "log.txt"
+
+
+class Job(NamedTuple):
+    """One run of a row."""
+
+    row: str
+    """The row's name."""
+    seed: int
+    """The run's seed."""
+
+
+def plan_jobs(study: StudyConfig) -> list[Job]:
+    """All runs: every row with the first seed, then with the next, so that tables fill evenly."""
+    return [Job(row, seed) for seed in study.seeds for row in study.rows]
+
+
+def results_of(study: StudyConfig, job: Job, folder: Path) -> dict[str, Any]:
+    """What has been measured of a run with the study's settings, by measurement."""
+    file = run_folder(folder, job.row, job.seed) / RESULTS_FILE
+    if not file.is_file():
+        return {}
+    stored = json.loads(file.read_text())
+    return {
+        name: stored[name]["record"]
+        for name, measurement in study.measurements.items()
+        if name in stored and stored[name]["measurement"] == asdict(measurement)
+    }
+
+
+def is_done(study: StudyConfig, job: Job, folder: Path) -> bool:
+    """Whether nothing is left to do for a run."""
+    trained = is_finished(run_folder(folder, job.row, job.seed))
+    return trained and len(results_of(study, job, folder)) == len(study.measurements)
+
+
+def run_job(study: StudyConfig, job: Job, folder: Path) -> None:
+    """Train a run and measure it, as far as that was not done before.
+
+    Raises:
+        ValueError: the run's configuration is another than the one it was trained with.
+    """
+    config = run_config(study, read_mapping(Path(study.base)), job.row, job.seed, folder)
+    here = Path(config.output_dir)
+    if not is_finished(here):
+        resume = (here / CONFIG_FILE).is_file()
+        train(config, resume=resume, title=f"train {job.row} {job.seed}")
+    missing = study.measurements.keys() - results_of(study, job, folder).keys()
+    if missing:
+        checkpoint = load_checkpoint(here / FINAL_FOLDER)
+        for name in study.measurements:
+            if name in missing:
+                measurement = study.measurements[name]
+                task = make_task(measurement.task, measurement.settings)
+                with checkpoint.autocast():
+                    record = task.evaluate(checkpoint, title=f"{job.row}: {name}")
+                _store(here / RESULTS_FILE, name, measurement, record)
+
+
+def _store(file: Path, name: str, measurement: Measurement, record: dict[str, Any]) -> None:
+    stored = json.loads(file.read_text()) if file.is_file() else {}
+    stored[name] = {"measurement": asdict(measurement), "record": record}
+    write_whole(file, json.dumps(stored, indent=1))
+
+
+def facts_of(study: StudyConfig, job: Job, folder: Path) -> dict[str, Any]:
+    """Size and time of a finished run."""
+    here = run_folder(folder, job.row, job.seed)
+    lines = (here / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line) for line in lines]
+    return {
+        "seconds": training_seconds(here),
+        "parameters": _num_parameters(here / FINAL_FOLDER),
+        "loss": next(line["loss"] for line in reversed(losses) if "loss" in line),
+    }
+
+
+def _num_parameters(folder: Path) -> int:
+    from safetensors.torch import load_file
+
+    files = folder.glob("*.safetensors")
+    return sum(each.numel() for file in files for each in load_file(file).values())
+
+
+def run_all(
+    study: StudyConfig,
+    folder: Path,
+    *,
+    num_workers: int,
+    command: Callable[[Job], list[str]],
+) -> Iterator[tuple[Job, float, int]]:
+    """Run what is left to do, several runs at a time, each in a process of its own.
+
+    Args:
+        study: the study.
+        folder: where its runs are kept.
+        num_workers: runs at a time.
+        command: the command line of a job's process.
+
+    Yields:
+        Each job that has ended, its wall seconds and its exit status.
+    """
+    waiting = [job for job in plan_jobs(study) if not is_done(study, job, folder)]
+    running: dict[Job, tuple[Any, float]] = {}
+    try:
+        while waiting or running:
+            for job in list(waiting):
+                if len(running) < num_workers and _is_ready(study, job, folder):
+                    waiting.remove(job)
+                    running[job] = (_start(command(job), job, folder), time.monotonic())
+            if not running:
+                # What the rest begin with has failed.
+                return
+            time.sleep(0.5)
+            for job, (process, begun) in list(running.items()):
+                if process.poll() is not None:
+                    del running[job]
+                    yield job, time.monotonic() - begun, process.returncode
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+
+
+def _is_ready(study: StudyConfig, job: Job, folder: Path) -> bool:
+    source = study.initial_row(job.row)
+    return source is None or is_finished(run_folder(folder, source, job.seed))
+
+
+def _start(command: list[str], job: Job, folder: Path) -> Any:
+    here = run_folder(folder, job.row, job.seed)
+    log = here.parent / f"{here.name}-{LOG_FILE}"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file:
+        return subprocess.Popen([sys.executable, *command], stdout=file, stderr=subprocess.STDOUT)

@@ -1,0 +1,192 @@
+"""The page of a study: its table, its comparisons, its pictures, and how they were made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from drt import hardware
+from drt.evaluation.document_losses import paired_difference
+from drt.study.config import Column, StudyConfig
+from drt.study.figures import draw_curve
+from drt.study.jobs import Job, facts_of, is_done, results_of
+from drt.version import __version__
+
+NONE = ""
+
+
+class Results:
+    """What has been measured so far.
+
+    Args:
+        study: the study.
+        folder: where its runs are kept.
+    """
+
+    def __init__(self, study: StudyConfig, folder: Path) -> None:
+        self.study, self.folder = study, folder
+        self.done = {
+            row: [seed for seed in study.seeds if is_done(study, Job(row, seed), folder)]
+            for row in study.rows
+        }
+        self._records = {
+            (row, seed): results_of(study, Job(row, seed), folder)
+            for row, seeds in self.done.items()
+            for seed in seeds
+        }
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every run is done."""
+        return all(seeds == self.study.seeds for seeds in self.done.values())
+
+    def record(self, row: str, seed: int, measurement: str) -> dict[str, Any]:
+        """What was measured of a run that is done."""
+        return self._records[row, seed][measurement]
+
+    def records(self, row: str, measurement: str) -> list[dict[str, Any]]:
+        """The same of all seeds that are done."""
+        return [self.record(row, seed, measurement) for seed in self.done[row]]
+
+    def facts(self, row: str) -> list[dict[str, Any]]:
+        """Size and time of the runs of a row."""
+        return [facts_of(self.study, Job(row, seed), self.folder) for seed in self.done[row]]
+
+
+def find(record: Any, path: str) -> Any:
+    """What stands in a record at "key.2.key"; None where the record ends before.
+
+    An item of a list is named by its number, or by one of its own entries: "length=4096".
+    """
+    for name in path.split(".") if path else []:
+        if isinstance(record, list) and "=" in name:
+            key, _, value = name.partition("=")
+            record = next((item for item in record if str(item.get(key)) == value), None)
+        elif isinstance(record, list):
+            record = record[int(name)] if int(name) < len(record) else None
+        elif isinstance(record, dict):
+            record = record.get(name)
+        else:
+            return None
+    return record
+
+
+def write_page(study: StudyConfig, folder: Path, page: Path, *, command: str) -> None:
+    """Write the page and, beside it, its pictures.
+
+    Args:
+        study: the study.
+        folder: where its runs are kept.
+        page: the Markdown file.
+        command: what made it, to be shown.
+    """
+    results = Results(study, folder)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    parts = [f"# {study.title}", study.about.strip(), _made_by(results, command), _table(results)]
+    parts += [_comparisons(results)] if study.comparisons else []
+    for title, curve in study.curves.items():
+        image = page.with_name(f"{page.stem}-{_slug(title)}.png")
+        series = {
+            row: [find(record, curve.values) for record in results.records(row, curve.measurement)]
+            for row in study.rows
+            if results.done[row]
+        }
+        if series:
+            draw_curve(image, series, curve=curve, title=title)
+            parts.append(f"![{title}]({image.name})")
+    page.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+
+
+def _made_by(results: Results, command: str) -> str:
+    seeds = ", ".join(map(str, results.study.seeds))
+    whole = NONE if results.is_whole else " **Not all runs are done: the table is not whole.**"
+    return (
+        f"Made by `{command}`, {date.today().isoformat()}, drt {__version__}; seeds {seeds}. "
+        f"{hardware.describe()}.{whole}"
+    )
+
+
+def _table(results: Results) -> str:
+    study = results.study
+    head = ["model", "parameters", "training, s", "seeds", *study.columns]
+    rows = [head, ["---"] * len(head)]
+    best = {title: _best(results, column) for title, column in study.columns.items()}
+    for row in study.rows:
+        facts = results.facts(row)
+        cells = [row]
+        cells += (
+            [f"{facts[0]['parameters']:,}", f"{fmean(f['seconds'] for f in facts):,.0f}"]
+            if (facts)
+            else [NONE, NONE]
+        )
+        cells.append(f"{len(facts)}")
+        for title, column in study.columns.items():
+            cells.append(_cell(results, row, column, is_best=best[title] == row))
+        rows.append(cells)
+    note = (
+        "Means over the seeds, in brackets the lowest and the highest where there are several; "
+        "the paper's figure, of its own size and data, behind a bar. The best mean is bold. "
+        "Training seconds are wall time beside other runs."
+    )
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows) + f"\n\n{note}"
+
+
+def _values(results: Results, row: str, column: Column) -> list[float]:
+    found = [find(each, column.value) for each in results.records(row, column.measurement)]
+    return [float(value) for value in found if value is not None]
+
+
+def _best(results: Results, column: Column) -> str | None:
+    means = {row: fmean(v) for row in results.study.rows if (v := _values(results, row, column))}
+    choose = min if column.better == "lower" else max
+    return choose(means, key=means.__getitem__) if len(means) > 1 else None
+
+
+def _cell(results: Results, row: str, column: Column, *, is_best: bool) -> str:
+    values, places = _values(results, row, column), column.decimals
+    shown = NONE
+    if values:
+        shown = f"{fmean(values):.{places}f}"
+        shown = f"**{shown}**" if is_best else shown
+    if len(values) > 1:
+        shown += f" [{min(values):.{places}f}, {max(values):.{places}f}]"
+    if row in column.paper:
+        shown += f" \\| {column.paper[row]:g}"
+    return shown.strip()
+
+
+def _comparisons(results: Results) -> str:
+    """Ratios of perplexities of the same documents, seed by seed."""
+    head = ["first / second", "measurement", "seed", "ratio of perplexities", "95 % interval"]
+    lines = [head, ["---"] * len(head)]
+    for first, second in results.study.comparisons:
+        for name, seed, ratio in _ratios(results, first, second):
+            low, high = ratio["interval"]
+            lines.append(
+                [f"{first} / {second}", name, str(seed), f"{ratio['ratio']:.4f}",
+                 f"{low:.4f} to {high:.4f}"]
+            )  # fmt: skip
+    if len(lines) == 2:
+        return NONE
+    return (
+        "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+        + "\n\nBelow 1 the first is better. The interval is over documents, by paired bootstrap; "
+        "what another seed would give, the other seeds show."
+    )
+
+
+def _ratios(results: Results, first: str, second: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    for name, measurement in results.study.measurements.items():
+        if measurement.task != "perplexity":
+            continue
+        for seed in results.study.seeds:
+            if seed in results.done[first] and seed in results.done[second]:
+                records = [results.record(row, seed, name) for row in (first, second)]
+                yield name, seed, paired_difference(*records)
+
+
+def _slug(title: str) -> str:
+    return "".join(each if each.isalnum() else "-" for each in title).strip("-").lower()
