@@ -124,8 +124,10 @@ class NeedleTask:
                 f"{self.num_chains} chains of {self.num_hops} hops need {needed} different symbols;"
                 f" there are {there}"
             )
-        if self.kind != "variables":
-            return
+        if self.kind == "variables":
+            self._check_variables()
+
+    def _check_variables(self) -> None:
         if self.symbols == "digits":
             raise ValueError("symbols is 'digits'; variables would look like their numbers")
         if self.num_chains > 10**self.num_digits:
