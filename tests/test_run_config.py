@@ -68,7 +68,7 @@ def test_extends_merges_mappings_and_replaces_the_rest(tmp_path: Path) -> None:
         ("training.gradient_checkpointing=1", "gradient_checkpointing must be bool, got 1"),
         ("precision=half", r"precision must be one of .'auto', 'float32', 'bfloat16'"),
         ("stages.9.length=3", "9 is no item of a list of"),
-        ("stages.0.tasks.0.task.kind=triple", r"kind must be one of \['single', 'multi'\]"),
+        ("stages.0.tasks.0.task.kind=triple", r"kind must be one of \['single', 'multi', 'hops'"),
         ("stages.0.length=100", "row length 100 must be a multiple of chunk_size 32"),
         ("stages=[]", "exactly one of stages .needles., text and summaries, got none"),
         ("seed", "an override reads key=value, got 'seed'"),
