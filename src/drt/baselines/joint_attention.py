@@ -7,7 +7,8 @@ j with tokens t,
 
 with b = 1 for softmax-plus-one, else 0. There u_j = 1: how well a chunk matched says nothing, and a
 retriever gets no gradient. Where it is to learn, u_j = w_j, its weight: log w_j is added to the
-scores of the chunk's tokens, and the softmax passes the gradient on.
+scores of the chunk's tokens, and the softmax passes the gradient on. Plain operators of PyTorch,
+not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ def joint_cross_attention(
     bias = _bias(indices, weights.to(sum_dtype(query)), chunks, weighted, softmax_plus_one)
     keys, values = (x.to(query.dtype).transpose(1, 2) for x in (chunks.keys, chunks.values))
     inputs = (query, keys, values, indices.clamp_min(0), bias)
-    if torch.is_grad_enabled():
+    # What a compiled graph keeps is for its compiler to choose.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         out = checkpoint(_attend, *inputs, use_reentrant=False, preserve_rng_state=False)
         assert isinstance(out, Tensor)
         return out
