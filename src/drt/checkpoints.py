@@ -58,7 +58,7 @@ def load_checkpoint(name: str | Path) -> Checkpoint:
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
-    import drt.architectures  # noqa: F401  (registers what may be loaded)
+    from drt.architectures import attach_tokenizer
     from drt.data import load_tokenizer
     from drt.run_config import CONFIG_FILE, load_config
 
@@ -76,6 +76,7 @@ def load_checkpoint(name: str | Path) -> Checkpoint:
             f"the tokenizer in {found} has {len(tokenizer)} entries, its model "
             f"{model.config.vocab_size}"
         )
+    attach_tokenizer(model, tokenizer)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Checkpoint(found, model.to(device), tokenizer, precision)
 

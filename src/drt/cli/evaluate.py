@@ -90,7 +90,7 @@ def _by_name(checkpoints: list[str]) -> dict[str, str]:
 
 def _source(checkpoint: str) -> Path | str:
     """The folder with config.json, or the name on the hub."""
-    from drt.checkpoints import is_hub_name, find_model
+    from drt.checkpoints import find_model, is_hub_name
 
     return checkpoint if is_hub_name(checkpoint) else find_model(Path(checkpoint))
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from drt.architectures import make_config, make_model
+from drt.architectures import attach_tokenizer, make_config, make_model
 from drt.checkpoints import Checkpoint, load_checkpoint
 from drt.data import Corpus, load_corpus, load_tokenizer
 from drt.data.prepared import TokenRows
@@ -66,6 +66,7 @@ def make_materials(config: RunConfig, corpus: Corpus | None = None) -> Materials
         corpus = corpus or load_corpus(config.corpus, tokenizer)
         source = NeedleSteps(config, corpus, curriculum)
     model = make_model(model_config, seed=config.seed, initial=initial.model if initial else None)
+    attach_tokenizer(model, tokenizer)
     if config.text is not None:
         _check_documents(model, config.text)
     if not config.training.evaluate_every:
