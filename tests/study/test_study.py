@@ -137,6 +137,15 @@ def test_a_row_whose_source_failed_is_not_waited_for(study_file: Path) -> None:
     assert [(job.row, status) for job, _, status in ended] == [("window", 3)]
 
 
+def test_a_row_may_be_measured_otherwise(study_file: Path) -> None:
+    study = load_study(study_file, ["exceptions.window.test={lengths: [64]}", "seeds=[0]"])
+    job, folder = Job("window", 0), study_file.parent / "runs"
+    run_job(study, job, folder)
+    record = results_of(study, job, folder)["test"]
+    assert [row["length"] for row in record["rows"]] == [64]
+    assert results_of(load_study(study_file, []), job, folder) == {}
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -144,6 +153,7 @@ def test_a_row_whose_source_failed_is_not_waited_for(study_file: Path) -> None:
         ("comparisons=[[window, wall]]", "a comparison names two rows"),
         ("rows.more of it.initial={row: wind}", "begins with 'wind', which is no row"),
         ("rows={}", "rows is empty"),
+        ("exceptions.window.tset={}", "an exception names a row and its measurements"),
         ("sedes=[0]", "unknown key sedes; did you mean seeds"),
     ],
 )

@@ -72,6 +72,8 @@ class StudyConfig:
     """Values for {name} in all texts below; given on the command line as name=value."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """Seeds of every row."""
+    exceptions: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    """By row and measurement, settings that are others for that row."""
     comparisons: list[list[str]] = field(default_factory=list)
     """Pairs of rows that are compared seed by seed, the first with the second."""
     curves: dict[str, Curve] = field(default_factory=dict)
@@ -86,6 +88,11 @@ class StudyConfig:
                     f"{title!r} shows {shown.measurement!r}, which is not among the measurements: "
                     f"{', '.join(self.measurements)}"
                 )
+        for row, changed in self.exceptions.items():
+            if row not in self.rows or changed.keys() - self.measurements.keys():
+                raise ValueError(
+                    f"an exception names a row and its measurements, got {row!r}: {list(changed)}"
+                )
         for pair in self.comparisons:
             if len(pair) != 2 or any(name not in self.rows for name in pair):
                 raise ValueError(f"a comparison names two rows, got {pair}")
@@ -93,6 +100,11 @@ class StudyConfig:
             source = self.initial_row(name)
             if source is not None and source not in self.rows:
                 raise ValueError(f"row {name!r} begins with {source!r}, which is no row")
+
+    def measurement_of(self, row: str, name: str) -> Measurement:
+        """A measurement as it is made of a row."""
+        made = self.measurements[name]
+        return replace(made, settings=made.settings | self.exceptions.get(row, {}).get(name, {}))
 
     def initial_row(self, name: str) -> str | None:
         """The row that a row begins with, if any."""

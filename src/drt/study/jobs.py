@@ -48,8 +48,9 @@ def results_of(study: StudyConfig, job: Job, folder: Path) -> dict[str, Any]:
     stored = json.loads(file.read_text())
     return {
         name: stored[name]["record"]
-        for name, measurement in study.measurements.items()
-        if name in stored and stored[name]["measurement"] == asdict(measurement)
+        for name in study.measurements
+        if name in stored
+        and stored[name]["measurement"] == asdict(study.measurement_of(job.row, name))
     }
 
 
@@ -75,7 +76,7 @@ def run_job(study: StudyConfig, job: Job, folder: Path) -> None:
         checkpoint = load_checkpoint(here / FINAL_FOLDER)
         for name in study.measurements:
             if name in missing:
-                measurement = study.measurements[name]
+                measurement = study.measurement_of(job.row, name)
                 task = make_task(measurement.task, measurement.settings)
                 with checkpoint.autocast():
                     record = task.evaluate(checkpoint, title=f"{job.row}: {name}")
