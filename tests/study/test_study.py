@@ -115,6 +115,14 @@ def test_the_command_runs_all_in_processes_of_their_own(
     assert (folder / "window" / "seed-0-log.txt").is_file()
 
 
+def test_several_processes_train_a_run(study_file: Path) -> None:
+    folder, page = study_file.parent / "runs", study_file.parent / "page.md"
+    words = ["study", str(study_file), "seeds=[0]", "--output", str(folder), "--page", str(page)]
+    assert main([*words, "--processes", "2"]) == 0
+    assert "--processes 2" in page.read_text()
+    assert "Not all runs" not in page.read_text()
+
+
 def test_a_run_that_fails_is_named_and_others_go_on(
     study_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

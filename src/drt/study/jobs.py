@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import PartialState
 
 from drt.checkpoints import load_checkpoint
 from drt.evaluation.flops import count_flops
@@ -70,6 +71,8 @@ def is_done(study: StudyConfig, job: Job, folder: Path) -> bool:
 def run_job(study: StudyConfig, job: Job, folder: Path) -> None:
     """Train a run and measure it, as far as that was not done before.
 
+    Under torchrun all processes train, and the first one measures.
+
     Raises:
         ValueError: the run's configuration is another than the one it was trained with.
     """
@@ -78,7 +81,7 @@ def run_job(study: StudyConfig, job: Job, folder: Path) -> None:
     if not is_finished(here):
         resume = (here / CONFIG_FILE).is_file()
         train(config, resume=resume, title=f"train {job.row} {job.seed}")
-    if is_done(study, job, folder):
+    if not PartialState().is_main_process or is_done(study, job, folder):
         return
     checkpoint = load_checkpoint(here / FINAL_FOLDER)
     if not (here / FACTS_FILE).is_file():
