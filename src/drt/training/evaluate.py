@@ -35,6 +35,11 @@ class NeedleEvaluation(TrainerCallback):
         """Evaluate every `evaluate_every` steps."""
         if state.global_step % self.config.training.evaluate_every:
             return
+        with self.trainer.speed.pause():
+            scores = self._scores()
+        self.trainer.log(scores)
+
+    def _scores(self) -> dict[str, float]:
         model: Any = self.trainer.model
         evaluation, scores = self.config.evaluation, {}
         for name, task in (("single", evaluation.single), ("multi", evaluation.multi)):
@@ -49,7 +54,7 @@ class NeedleEvaluation(TrainerCallback):
                 )
             scores[f"{name}_exact_match"] = score.exact_match
         model.train()
-        self.trainer.log(scores)
+        return scores
 
 
 class ValidationLoss(TrainerCallback):
@@ -67,21 +72,26 @@ class ValidationLoss(TrainerCallback):
     def __init__(self, trainer: RunTrainer, data: TokenRows, *, rows: int, every: int) -> None:
         self.trainer, self.data, self.rows, self.every = trainer, data, rows, every
 
-    @torch.no_grad()
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Measure at every `every`-th step and the last."""
         if state.global_step % self.every and state.global_step != state.max_steps:
             return
+        with self.trainer.speed.pause():
+            loss = self._loss(args.device)
+        self.trainer.log({"validation_loss": loss})
+
+    @torch.no_grad()
+    def _loss(self, device: torch.device) -> float:
         model: Any = self.trainer.model_wrapped
         total, count = 0.0, 0
         model.eval()
         for index in range(self.rows):
-            row = {name: each[None].to(args.device) for name, each in self.data[index].items()}
+            row = {name: each[None].to(device) for name, each in self.data[index].items()}
             with self.trainer.compute_loss_context_manager():
                 _, losses = self.trainer.token_losses(model, row)
             total += float(losses.double().sum())
             count += int((row["labels"][:, 1:] != IGNORED).sum())
         model.train()
-        self.trainer.log({"validation_loss": total / count})
+        return total / count

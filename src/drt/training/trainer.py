@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import time
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from drt.training.batches import needle_masks
 from drt.training.curriculum import Curriculum
 from drt.training.optimizer import MuonWithAdamW, split_parameters
 from drt.training.retrieval_metrics import RetrievalMetrics
+from drt.training.speed import SpeedMeter
 
 MODEL_INPUTS = ("input_ids", "labels", "attention_mask", "chunk_ends", "document_ids")
 """Of a batch, what a model reads; chunk_ends and document_ids only where it knows of them."""
@@ -37,20 +37,19 @@ class RunTrainer(Trainer):
         *,
         curriculum: Curriculum | None = None,
         optimizer_name: str = "adamw",
-        tokens_per_step: int,
+        speed: SpeedMeter,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         # The Trainer would divide the loss by the micro-batches otherwise.
         self.model_accepts_loss_kwargs = True
         self.optimizer_name, self.curriculum = optimizer_name, curriculum
-        self.tokens_per_step = tokens_per_step
+        self.speed = speed
         model: Any = self.model
         self._accepts = set(inspect.signature(model.forward).parameters)
         self._sums = torch.zeros(len(NEEDLE_LOSSES), 2, dtype=torch.float64)
         self._of_step = torch.zeros(2, dtype=torch.float64)
-        self._retrieval = RetrievalMetrics()
-        self._logged = (-1, 0.0)
+        self._retrieval = RetrievalMetrics(len(getattr(model.config, "retrieval_groups", ())))
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         return torch.ones((), device=device)
@@ -100,9 +99,10 @@ class RunTrainer(Trainer):
 
     def _observe(self, inputs: dict[str, Any], losses: Tensor) -> None:
         """Add up the losses of answers and text; tell the curriculum at the end of a step."""
-        masks = [mask[:, 1:] for mask in needle_masks(inputs["answer_mask"])]
-        sums = [[losses[mask].sum().item(), mask.sum().item()] for mask in masks]
-        parts = torch.tensor(sums, dtype=torch.float64)
+        masks = torch.stack([mask[:, 1:] for mask in needle_masks(inputs["answer_mask"])])
+        sums = [(losses.double() * masks).sum((1, 2)), masks.sum((1, 2)).double()]
+        # One wait for the device, however many the sums.
+        parts = torch.stack(sums, dim=1).cpu()
         self._sums += parts
         self._of_step += parts[0]
         done = (int(inputs["index"]) // self.accelerator.num_processes + 1) % (
@@ -116,31 +116,34 @@ class RunTrainer(Trainer):
     def _over_processes(self, sums: Tensor) -> Tensor:
         if self.accelerator.num_processes == 1:
             return sums
-        on_device = sums.to(self.args.device, torch.float32)
-        return self.accelerator.reduce(on_device, reduction="sum").cpu().double()  # type: ignore[union-attr]
+        return self.accelerator.reduce(sums.to(self.args.device), reduction="sum").cpu()  # type: ignore[union-attr]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add losses, row length, speed and retrieval to what is logged."""
+        """Add losses, row length, retrieval and speed to what is logged."""
         if "loss" in logs:
-            if self._sums[0, 1] > 0:
+            if self.curriculum is not None:
                 totals = self._over_processes(self._sums)
                 means = (totals[:, 0] / totals[:, 1]).tolist()
                 logs.update(zip(NEEDLE_LOSSES, means, strict=True))
                 self._sums.zero_()
-            if self.curriculum is not None:
                 logs["length"] = self.curriculum.stage_at(self.state.global_step - 1).length
-            logs.update(self._retrieval.take())
-            logs.update(self._speed())
+            logs.update(self._retrieval.take(self._over_processes))
+            logs.update(self.speed.take())
         super().log(logs, start_time)
 
-    def _speed(self) -> dict[str, float]:
-        """Content tokens a second since the last line, of all processes together."""
-        now, step = time.perf_counter(), self.state.global_step
-        before, self._logged = self._logged, (step, now)
-        if before[0] < 0:
-            return {}
-        rate = (step - before[0]) * self.tokens_per_step / (now - before[1])
-        return {"tokens_per_second": round(rate, 1)}
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the whole model for `from_pretrained`; all processes call this.
+
+        A checkpoint of a sharded model is written in shards elsewhere, and needs no whole one.
+        """
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+        elif not _internal_call:
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with self.speed.pause():
+            super()._save_checkpoint(model, trial)
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """Matrices are decayed; norms, biases and vectors are not."""
