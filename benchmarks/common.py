@@ -1,11 +1,9 @@
 """What the benchmarks share: interleaved timing, passes, peak memory, tables, the hardware line."""
 
 import argparse
-import ctypes
 import gc
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -19,6 +17,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from drt import hardware
+from drt.evaluation import memory
+from drt.evaluation.memory import peak_growth
 
 # glibc gives every block above 32 MB back to the kernel and pays page faults for the next one.
 # With these it keeps them, as tuned installations and other allocators do.
@@ -166,29 +166,17 @@ def ratio(samples: Mapping[str, Sequence[float]], name: str, *, to: str) -> Rati
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """Resident bytes that a call needs at its peak beyond what the process held before.
-
-    Linux with glibc. Whatever the process does in other threads counts too.
-    """
-    before = resident_bytes()
-    # Sets the kernel's high-water mark back to the present.
-    Path("/proc/self/clear_refs").write_text("5")
-    call()
-    return _status("VmHWM") - before
+    """Resident bytes that a call needs at its peak beyond what the process held before; Linux."""
+    found = peak_growth(call, torch.device("cpu"))
+    assert found is not None
+    return found
 
 
 def resident_bytes() -> int:
-    """Resident bytes of this process without garbage. Linux with glibc."""
-    gc.collect()
-    # Pages that the allocator kept from earlier work are nobody's.
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    return _status("VmRSS")
-
-
-def _status(field: str) -> int:
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    """Resident bytes of this process without garbage; Linux."""
+    found = memory.resident_bytes()
     assert found is not None
-    return int(found[1]) * 1024
+    return found
 
 
 def run_worker(job: Mapping[str, Any], *, environment: Mapping[str, str]) -> Any:

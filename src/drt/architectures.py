@@ -54,7 +54,9 @@ def make_config(
         given = {**_of_tokenizer(tokenizer), **given}
         config = config_class(**given)
     else:
-        config = config_class(**{**initial.to_dict(), **given})
+        known = known_fields(kind)
+        kept = {key: value for key, value in initial.to_dict().items() if key in known}
+        config = config_class(**{**kept, **given})
     size = getattr(config, "vocab_size", None)
     if size is None or size < len(tokenizer):
         raise ValueError(

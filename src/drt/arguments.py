@@ -92,5 +92,5 @@ def loss_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("return_dict=False is not supported")
     unknown = [key for key, value in wanted.items() if value is not None and value is not False]
     if unknown:
-        raise ValueError(f"DRTForCausalLM.forward does not know the arguments {unknown}")
+        raise ValueError(f"forward does not know the arguments {unknown}")
     return found

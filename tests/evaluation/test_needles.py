@@ -5,14 +5,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from drt import DRTForCausalLM
+from drt import DRTConfig, DRTForCausalLM
 from drt.data import Corpus, NeedleTask, byte_tokenizer, load_corpus
-from drt.evaluation import ask, evaluate_needles
+from drt.evaluation import ask, evaluate_needles, start_reading
 from drt.evaluation.comparison import format_table
 from drt.evaluation.inspection import inspect_question
+from drt.evaluation.intervals import wilson_interval
 from drt.evaluation.memory import life_peak_rss, peak_rss, reset_peak_rss
-from drt.evaluation.needles import read_context
+from drt.evaluation.needles import (
+    NeedleScore,
+    common_chunk_size,
+    pooled,
+    temporary_memory,
+    tokens_needed,
+)
+from drt.evaluation.reading import CachedReading, DRTReading
 from drt.testing import tiny_config
 
 
@@ -42,10 +51,12 @@ def test_questions_of_an_example_share_its_context(model: DRTForCausalLM, corpus
 
 def test_an_answer_is_the_greedy_continuation(model: DRTForCausalLM, corpus: Corpus) -> None:
     example = MULTI.evaluation_example(corpus, seed=5, index=0, length=256, chunk_size=16)
-    state = read_context(model, torch.from_numpy(example.context_ids)[None])
-    before = (state.num_tokens, len(state.memory))
+    reading = start_reading(model)
+    assert isinstance(reading, DRTReading)
+    reading.read(torch.from_numpy(example.context_ids))
+    before = (reading.num_tokens, reading.state.num_tokens, len(reading.state.memory))
     for question in example.questions:
-        answer = ask(model, state, question)
+        answer = ask(reading, question)
         prompt = np.concatenate([example.context_ids, question.input_ids])
         whole = model.generate(
             torch.from_numpy(prompt)[None], max_new_tokens=len(question.answer_ids), do_sample=False
@@ -54,7 +65,7 @@ def test_an_answer_is_the_greedy_continuation(model: DRTForCausalLM, corpus: Cor
         assert len(answer.retrievals) == 2
         found = [set(r.indices.flatten().tolist()) for r in answer.retrievals]
         assert answer.recalled == any(set(question.needle_chunks) <= chunks for chunks in found)
-    assert (state.num_tokens, len(state.memory)) == before
+    assert (reading.num_tokens, reading.state.num_tokens, len(reading.state.memory)) == before
 
 
 def test_a_right_answer_scores(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,6 +113,116 @@ def test_the_table_has_a_line_for_each_figure() -> None:
         ["m", "single", "recall@K", "-", "0.500"],
         ["m", "multi", "exact", "match", "0.250", "-"],
     ]
+
+
+@pytest.fixture
+def llama() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=258,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=512,
+    )
+    return LlamaForCausalLM(config)
+
+
+def test_any_causal_model_is_asked(llama: LlamaForCausalLM, corpus: Corpus) -> None:
+    score = evaluate_needles(llama, corpus, task=MULTI, length=256, num_questions=3)
+    assert (score.length, score.depth, score.n, score.recall) == (256, None, 3, None)
+    assert score.num_right == 0
+    # Wilson's upper end for none of n is z^2 / (n + z^2), z = 1.959964.
+    assert score.exact_match_interval == pytest.approx((0, 3.841459 / 6.841459), abs=1e-6)
+
+
+def test_all_models_are_asked_the_same(
+    llama: LlamaForCausalLM, model: DRTForCausalLM, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one chunk size, whatever their own; and a first token is read before, if asked for."""
+    asked: list[tuple[torch.Tensor, torch.Tensor]] = []
+    contexts: list[torch.Tensor] = []
+    for kind in (CachedReading, DRTReading):
+
+        def note(self: Any, ids: Any, count: int, answer: Any = kind.answer) -> Any:
+            asked.append((torch.cat(contexts), ids))
+            return answer(self, ids, count)
+
+        def read(self: Any, ids: Any, plain: Any = kind.read) -> None:
+            contexts.append(ids)
+            plain(self, ids)
+
+        monkeypatch.setattr(kind, "answer", note)
+        monkeypatch.setattr(kind, "read", read)
+    task = NeedleTask(num_digits=3)
+    seen = []
+    for reader, first in ((model, None), (llama, None), (llama, 256)):
+        contexts.clear()
+        asked.clear()
+        score = evaluate_needles(
+            reader, corpus, task=task, length=256, num_questions=1, chunk_size=64,
+            depth=0.25, first_token_id=first,
+        )  # fmt: skip
+        assert score.depth == 0.25
+        # 64 is no chunk of the tiny model, so what it retrieves is not counted.
+        assert score.recall is None
+        seen.append(asked[0])
+    for context, question in seen[1:]:
+        assert torch.equal(question, seen[0][1])
+        assert torch.equal(context[-len(seen[0][0]) :], seen[0][0])
+    assert len(question) % 64 == 0
+    assert seen[1][0].shape == seen[0][0].shape
+    assert seen[2][0][0] == 256
+    assert len(seen[2][0]) == len(seen[0][0]) + 1
+
+
+def test_questions_end_where_all_chunks_end() -> None:
+    sizes = [DRTConfig(chunk_size=16), DRTConfig(chunk_size=24), LlamaConfig()]
+    assert common_chunk_size(sizes) == 48
+    assert common_chunk_size([LlamaConfig()]) == 64
+
+
+def test_a_length_beyond_the_positions_is_refused_before_it_is_read(
+    llama: LlamaForCausalLM, corpus: Corpus
+) -> None:
+    task = NeedleTask(num_digits=3)
+    example = task.evaluation_example(corpus, seed=1, index=0, length=512, chunk_size=64)
+    # The last token of an answer is said, not read.
+    assert tokens_needed(example) == 512 + 2
+    read: list[int] = []
+    kwargs: dict[str, Any] = {"task": task, "length": 512, "num_questions": 1}
+    with pytest.raises(ValueError, match=r"512 positions .* 514 tokens"):
+        evaluate_needles(llama, corpus, on_context=read.append, **kwargs)
+    assert not read
+    assert evaluate_needles(llama, corpus, beyond_limit=True, **kwargs).n == 1
+
+
+def test_scores_of_several_seeds_are_counted_together() -> None:
+    def score(right: int, n: int, recall: float | None, peak: int | None) -> NeedleScore:
+        interval = wilson_interval(right, n)
+        return NeedleScore(128, 0.5, n, right, right / n, interval, recall, float(n), peak)
+
+    both = pooled([score(1, 4, 0.25, 7), score(6, 6, 1.0, 9)])
+    assert (both.length, both.depth, both.n, both.num_right) == (128, 0.5, 10, 7)
+    assert both.exact_match == 0.7
+    assert both.exact_match_interval == wilson_interval(7, 10)
+    assert both.recall == pytest.approx((4 * 0.25 + 6) / 10)
+    assert both.seconds_per_example == pytest.approx((4 * 4 + 6 * 6) / 10)
+    assert both.peak_rss_bytes == 9
+    assert pooled([score(1, 4, None, None)] * 2).recall is None
+
+
+@pytest.mark.parametrize("place", ["host", "disk"])
+def test_where_chunks_are_kept_changes_nothing(
+    model: DRTForCausalLM, corpus: Corpus, place: Any
+) -> None:
+    example = MULTI.evaluation_example(corpus, seed=5, index=0, length=256, chunk_size=16)
+    answers = []
+    for new_memory in (None, lambda: temporary_memory(place)):
+        with start_reading(model, new_memory=new_memory) as reading:
+            reading.read(torch.from_numpy(example.context_ids))
+            answers.append(ask(reading, example.questions[0]).token_ids)
+    assert answers[0] == answers[1]
 
 
 def test_no_questions_is_refused(model: DRTForCausalLM, corpus: Corpus) -> None:

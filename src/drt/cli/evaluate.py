@@ -1,27 +1,49 @@
-"""`drt eval CHECKPOINT`."""
+"""`drt eval CHECKPOINT...`."""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from drt.checkpoints import find_model
 from drt.cli.lengths import length
 
 NAME = "eval"
-HELP = "Ask a trained model for needles at several context lengths."
-EPILOG = "Example: drt eval runs/demo/drt --lengths 1024 65536 --task multi"
+HELP = "Measure models on a task, side by side: needles at several context lengths, and others."
+EPILOG = (
+    "Settings that are not given come from the first run's own configuration. "
+    "drt eval --list-tasks shows all tasks and settings. "
+    "Example: drt eval runs/demo/drt runs/demo/baseline --task multi --lengths 1024 64K"
+)
+ALL = "all"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("checkpoint", type=Path, help="folder of a run or of a saved model")
+    parser.add_argument(
+        "checkpoints",
+        nargs="*",
+        metavar="CHECKPOINT",
+        help="folder of a run or of any saved causal language model, or its name on the hub",
+    )
+    parser.add_argument(
+        "--task", default=ALL, help="what to measure; all = single and multi, the default"
+    )
+    parser.add_argument("--list-tasks", action="store_true", help="list tasks with their settings")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="key=value",
+        dest="settings",
+        help="change settings of the task: depths=[0,0.5,1] task.num_keys=8",
+    )
     parser.add_argument(
         "--lengths", type=length, nargs="+", help="context lengths in tokens: 1024 64K 16M"
     )
-    parser.add_argument("--task", choices=("single", "multi", "all"), default="all")
     parser.add_argument("--questions", type=int, help="questions per length and task")
     parser.add_argument("--corpus", help="haystack: text file, folder, .jsonl or .jsonl.xz")
     parser.add_argument("--memory", choices=("host", "disk"), help="where chunks are kept")
@@ -31,52 +53,126 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how keys and values are stored",
     )
     parser.add_argument("--seed", type=int, help="seed of the examples")
-    parser.add_argument("--json", type=Path, help="also write the scores to this file")
+    parser.add_argument("--json", type=Path, help="also write the records to this file")
+    parser.add_argument("--figure", type=Path, help="also draw the records, say to a .png")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Evaluate and print the table."""
-    import json
+    """Evaluate and print a table for each task."""
+    from drt.evaluation.tasks import describe_tasks, for_models
 
-    from drt.data import load_corpus, load_tokenizer
-    from drt.evaluation import comparison
-    from drt.modeling import DRTForCausalLM
-    from drt.precision import autocast
-
-    folder = find_model(options.checkpoint)
-    config = _run_config(folder)
-    model = DRTForCausalLM.from_pretrained(folder)
-    corpus = load_corpus(options.corpus or config.corpus, load_tokenizer(str(folder)))
-    tasks = comparison.TASKS if options.task == "all" else (options.task,)
-    evaluation = _evaluation(options, config.evaluation)
-    with autocast(config.precision, model.device):
-        scores = comparison.score_by_length(
-            model, corpus, evaluation, title="evaluate", tasks=tasks
-        )
-    record = {"parameters": model.num_parameters(), **comparison.as_records(scores)}
-    if options.json:
-        options.json.write_text(json.dumps(record, indent=2) + "\n")
-    print(comparison.format_table({folder.parent.name or folder.name: record}))
+    if options.list_tasks:
+        print(describe_tasks())
+        return
+    models = _by_name(options.checkpoints)
+    sources = [_source(model) for model in models.values()]
+    tasks = {name: for_models(task, sources) for name, task in _tasks(options, sources).items()}
+    _check_figure(options.figure, tasks)
+    records = _evaluate(tasks, models, options.json)
+    shown = [task.table(_of_task(name, records)) for name, task in tasks.items()]
+    print("\n\n".join(shown))
+    if options.figure:
+        for name, task in tasks.items():
+            task.draw(_of_task(name, records), options.figure)
 
 
-def _run_config(folder: Path) -> Any:
-    """The configuration that the model was trained with."""
+def _by_name(checkpoints: list[str]) -> dict[str, str]:
+    """What each checkpoint is called in tables -> where it is."""
+    if not checkpoints:
+        raise ValueError("name at least one CHECKPOINT")
+    if len(set(checkpoints)) < len(checkpoints):
+        raise ValueError(f"a checkpoint is named twice among {' '.join(checkpoints)}")
+    paths = [Path(text).resolve() if Path(text).is_dir() else Path(text) for text in checkpoints]
+    short = [path.parent.name if path.name == "model" else path.name for path in paths]
+    names = short if len(set(short)) == len(short) else checkpoints
+    return dict(zip(names, checkpoints, strict=True))
+
+
+def _source(checkpoint: str) -> Path | str:
+    """The folder with config.json, or the name on the hub."""
+    from drt.checkpoints import _is_hub_name, find_model
+
+    return checkpoint if _is_hub_name(checkpoint) else find_model(Path(checkpoint))
+
+
+def _tasks(options: argparse.Namespace, sources: list[Path | str]) -> dict[str, Any]:
+    """The tasks to evaluate, by name."""
+    from drt.evaluation.comparison import needle_evaluations
+    from drt.evaluation.tasks import make_task, parse_settings
+    from drt.run_config import EvaluationConfig
+
+    run = _first_run(sources)
+    evaluation = EvaluationConfig() if run is None else run.evaluation
+    if options.task == ALL and options.lengths:
+        # The longest length for several needles holds for these too.
+        evaluation = replace(evaluation, lengths=options.lengths)
+    own = {name: asdict(task) for name, task in needle_evaluations(evaluation).items()}
+    own["needle"] = {key: value for key, value in own["single"].items() if key != "task"}
+    haystack = {} if run is None or run.corpus is None else {"corpus": run.corpus}
+    made = {}
+    for name in needle_evaluations(evaluation) if options.task == ALL else (options.task,):
+        below = {**own[name], **haystack} if name in own else {}
+        above = _shortcuts(options, name), parse_settings(options.settings)
+        made[name] = make_task(name, below, *above)
+    return made
+
+
+def _first_run(sources: list[Path | str]) -> Any:
+    """The configuration of the first model that `drt train` made; None = there is none."""
     from drt.run_config import CONFIG_FILE, load_config
 
-    return load_config(folder / CONFIG_FILE)
+    files = (source / CONFIG_FILE for source in sources if isinstance(source, Path))
+    found = next((file for file in files if file.is_file()), None)
+    return None if found is None else load_config(found)
 
 
-def _evaluation(options: argparse.Namespace, evaluation: Any) -> Any:
-    """The run's evaluation with what the command line changes."""
-    changes: dict[str, Any] = {}
-    if options.lengths:
-        changes["lengths"] = options.lengths
-    if options.questions is not None:
-        changes |= {"num_questions": options.questions, "num_questions_longest": options.questions}
-    if options.memory:
-        changes["memory"] = options.memory
-    if options.memory_dtype:
-        changes["memory_dtype"] = options.memory_dtype
+def _shortcuts(options: argparse.Namespace, name: str) -> dict[str, Any]:
+    """The settings that have an option of their own."""
+    from drt.evaluation.tasks import task_class
+
+    known = {item.name for item in fields(task_class(name))}
+    wanted = {key: getattr(options, key) for key in ("corpus", "memory", "memory_dtype")}
+    if options.task != ALL:
+        wanted["lengths"] = options.lengths
+    wanted["questions"] = options.questions
+    if "questions_longest" in known:
+        wanted["questions_longest"] = options.questions
     if options.seed is not None:
-        changes["seed"] = options.seed
-    return replace(evaluation, **changes)
+        wanted |= {"seeds": [options.seed]} if "seeds" in known else {"seed": options.seed}
+    return {key: value for key, value in wanted.items() if value is not None}
+
+
+def _check_figure(figure: Path | None, tasks: Mapping[str, Any]) -> None:
+    """Refuse a figure that cannot be drawn, before anything is measured."""
+    if figure is None:
+        return
+    if len(tasks) > 1:
+        raise ValueError(f"--figure draws one task: choose one of {', '.join(tasks)} with --task")
+    for name, task in tasks.items():
+        if not hasattr(task, "draw"):
+            raise ValueError(f"task {name} has no figure")
+
+
+def _evaluate(
+    tasks: Mapping[str, Any], models: Mapping[str, str], to: Path | None
+) -> dict[str, dict[str, Any]]:
+    """Model name -> task -> record, written to a file after each model."""
+    import json
+
+    from drt import hardware
+    from drt.checkpoints import load_checkpoint
+
+    records: dict[str, dict[str, Any]] = {}
+    for name, where in models.items():
+        checkpoint = load_checkpoint(where)
+        records[name] = {
+            task: tasks[task].evaluate(checkpoint, title=f"{name}, {task}") for task in tasks
+        }
+        if to is not None:
+            content = {"hardware": hardware.describe(), "models": records}
+            to.write_text(json.dumps(content, indent=2) + "\n")
+    return records
+
+
+def _of_task(task: str, records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {name: record[task] for name, record in records.items()}

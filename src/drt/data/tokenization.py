@@ -17,7 +17,7 @@ NUM_BYTES = 256
 END_OF_TEXT_TOKENS = ("<|endoftext|>", "</s>", EOS_TOKEN)
 
 
-def _byte_alphabet() -> list[str]:
+def byte_alphabet() -> list[str]:
     """The printable stand-in of each byte, 0 to 255, in the alphabet of ByteLevel."""
     # ByteLevel keeps printable Latin-1 bytes and numbers the others from code point 256 on.
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -33,7 +33,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     the two special tokens inside a text are text and become bytes. Pads on the left and adds no
     special tokens.
     """
-    vocabulary = {symbol: byte for byte, symbol in enumerate(_byte_alphabet())}
+    vocabulary = {symbol: byte for byte, symbol in enumerate(byte_alphabet())}
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(  # pyright: ignore[reportAttributeAccessIssue]
         add_prefix_space=False, use_regex=False
@@ -55,7 +55,7 @@ def is_byte_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether ``tokenizer`` has the vocabulary of ``byte_tokenizer``."""
     if len(tokenizer) != NUM_BYTES + 2:
         return False
-    entries = [*_byte_alphabet(), PAD_TOKEN, EOS_TOKEN]
+    entries = [*byte_alphabet(), PAD_TOKEN, EOS_TOKEN]
     return tokenizer.convert_ids_to_tokens(list(range(len(entries)))) == entries
 
 

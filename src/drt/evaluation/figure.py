@@ -42,7 +42,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     for axis in (accuracy, seconds, memory):
         axis.set_xscale("log", base=2)
         ticks = [row["length"] for row in next(iter(results["models"].values()))["single"]]
-        axis.set_xticks(ticks, [_short(tick) for tick in ticks])
+        axis.set_xticks(ticks, [short_length(tick) for tick in ticks])
         axis.minorticks_off()
         axis.set_xlabel("context, tokens")
         axis.grid(alpha=0.25)
@@ -67,7 +67,7 @@ def _draw_accuracy(axis: Any, name: str, model: dict[str, Any]) -> None:
         )
 
 
-def _short(tokens: int) -> str:
+def short_length(tokens: int) -> str:
     """1024 -> 1K, 1048576 -> 1M."""
     if tokens % 2**20 == 0:
         return f"{tokens // 2**20}M"

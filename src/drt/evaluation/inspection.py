@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from drt.data import Corpus, NeedleTask
-from drt.evaluation.needles import ask, read_context
+from drt.evaluation.needles import ask
+from drt.evaluation.reading import start_reading
 from drt.modeling import DRTForCausalLM
 
 
@@ -55,9 +56,10 @@ def inspect_question(
     model.eval()
     size = model.config.chunk_size
     example = task.evaluation_example(corpus, seed=seed, index=0, length=length, chunk_size=size)
-    context = torch.as_tensor(example.context_ids, device=model.device)[None]
     question = example.questions[0]
-    answer = ask(model, read_context(model, context), question)
+    reading = start_reading(model)
+    reading.read(torch.as_tensor(example.context_ids))
+    answer = ask(reading, question)
     decode: Any = corpus.tokenizer.decode
     ids = [*example.context_ids.tolist(), *question.input_ids.tolist()]
     passages = [

@@ -2,45 +2,55 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from tempfile import TemporaryDirectory
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
-from drt.data import Corpus, NeedleQuestion, NeedleTask, score_answer
+from drt.data import Corpus, NeedleExample, NeedleQuestion, NeedleTask, score_answer
+from drt.evaluation.intervals import Interval, wilson_interval
 from drt.evaluation.memory import peak_rss, reset_peak_rss
+from drt.evaluation.reading import NewMemory, Reading, check_length, start_reading
 from drt.memory import ChunkMemory, DiskMemory, HostMemory
-from drt.modeling import DRTForCausalLM
 from drt.retrieval import Retrieval
-from drt.state import DRTState
+
+DEFAULT_CHUNK_SIZE = 64
+"""Where questions end, modulo, for models that have no chunks."""
 
 
-class Answer(NamedTuple):
-    """What a model said to one question."""
+class ScoredAnswer(NamedTuple):
+    """What a model said to one question, and whether it was right."""
 
     token_ids: list[int]
     """Greedily generated tokens, as many as the right answer has."""
     exact_match: bool
     """Whether all of them are right."""
     recalled: bool | None
-    """Whether some group's retrieval held every chunk of the value; None without retrieval."""
+    """Whether some group's retrieval held every chunk of the value; None without retrieval, and
+    where the model's chunks are not those of the question."""
     retrievals: tuple[Retrieval, ...]
     """Per group, what the landmark at the question's end retrieved: (1, 1, K) tensors."""
 
 
 class NeedleScore(NamedTuple):
-    """How a model did at one length."""
+    """How a model did at one length, or at one length and depth."""
 
     length: int
     """Content tokens of context and question."""
+    depth: float | None
+    """Where the needle was: 0 the start of the context, 1 its end; None = anywhere."""
     n: int
     """Questions asked."""
+    num_right: int
+    """Questions whose whole generated answer was right."""
     exact_match: float
-    """Share of questions whose whole generated answer was right."""
+    """Their share."""
+    exact_match_interval: Interval
+    """Wilson's 95 % interval of that share."""
     recall: float | None
     """Share whose needle chunks were all retrieved; None for a model that retrieves nothing."""
     seconds_per_example: float
@@ -72,62 +82,54 @@ def temporary_memory(
         yield memory
 
 
-@torch.no_grad()
-def read_context(
-    model: DRTForCausalLM,
-    context_ids: Tensor,
-    *,
-    segment_size: int = 4096,
-    memory: ChunkMemory | None = None,
-) -> DRTState:
-    """Read (1, T) tokens into a new state, with this memory or one on the model's device."""
-    state = model.new_state(context_ids.shape[0], memory=memory)
-    model.read(context_ids, state, segment_size=segment_size)
-    return state
+def common_chunk_size(configs: Sequence[Any]) -> int:
+    """The chunk size of questions that several models can be asked.
 
-
-@torch.no_grad()
-def ask(model: DRTForCausalLM, state: DRTState, question: NeedleQuestion) -> Answer:
-    """Ask one question of a context that has been read; the state is left as it was.
+    A question that ends where a chunk ends for the least common multiple ends so for all of them.
 
     Args:
-        model: in evaluation mode.
-        state: a state of one row that has read the context.
-        question: the question and its right answer.
+        configs: the models' configurations; those without chunks have no say.
     """
-    branch = state.fork()
-    ids = torch.as_tensor(question.input_ids, device=model.device)[None]
-    ends = torch.zeros_like(ids, dtype=torch.bool)
-    ends[:, -1] = True
-    out = model(
-        ids,
-        past_key_values=branch,
-        chunk_ends=ends,
-        logits_to_keep=1,
-        output_retrievals=True,
-    )
-    retrievals = tuple(Retrieval(*(part[:, -1:] for part in r)) for r in out.retrievals or ())
-    said = [int(out.logits[0, -1].argmax())]
-    while len(said) < len(question.answer_ids):
-        token = ids.new_tensor([said[-1:]])
-        out = model(token, past_key_values=branch, logits_to_keep=1)
-        said.append(int(out.logits[0, -1].argmax()))
+    sizes = [getattr(config, "chunk_size", None) for config in configs]
+    return math.lcm(*(size for size in sizes if size)) if any(sizes) else DEFAULT_CHUNK_SIZE
+
+
+def tokens_needed(example: NeedleExample) -> int:
+    """Tokens that a model reads at most for an example, its own answer among them."""
+    ends = (len(q.input_ids) + len(q.answer_ids) - 1 for q in example.questions)
+    return len(example.context_ids) + max(ends)
+
+
+def ask(reading: Reading, question: NeedleQuestion, *, chunks_agree: bool = True) -> ScoredAnswer:
+    """Ask one question of a context that has been read; the reading is left as it was.
+
+    Args:
+        reading: has read the context.
+        question: the question and its right answer.
+        chunks_agree: whether the model's chunks are those that the question counts in.
+    """
+    answer = reading.answer(torch.as_tensor(question.input_ids), len(question.answer_ids))
     needed = set(question.needle_chunks)
-    found = [needed <= set(r.indices.flatten().tolist()) for r in retrievals]
-    right = score_answer(said, question.answer_ids.tolist())
-    return Answer(said, right, any(found) if found else None, retrievals)
+    found = [needed <= set(r.indices.flatten().tolist()) for r in answer.retrievals]
+    right = score_answer(answer.token_ids, question.answer_ids.tolist())
+    recalled = any(found) if found and chunks_agree else None
+    return ScoredAnswer(answer.token_ids, right, recalled, answer.retrievals)
 
 
 def evaluate_needles(
-    model: DRTForCausalLM,
+    model: Any,
     corpus: Corpus,
     *,
     task: NeedleTask,
     length: int,
     num_questions: int,
     seed: int = 1,
+    depth: float | None = None,
+    chunk_size: int | None = None,
     segment_size: int = 4096,
-    new_memory: Callable[[], AbstractContextManager[ChunkMemory]] = temporary_memory,
+    new_memory: NewMemory = temporary_memory,
+    beyond_limit: bool = False,
+    first_token_id: int | None = None,
     on_context: Callable[[int], object] | None = None,
 ) -> NeedleScore:
     """Score a model on one needle task at one length.
@@ -135,45 +137,86 @@ def evaluate_needles(
     Contexts come from the corpus's held-out split; all questions of an example share its context.
 
     Args:
-        model: any `DRTForCausalLM`; put into evaluation mode.
+        model: any causal language model that `start_reading` takes; put into evaluation mode.
         corpus: haystack and tokenizer.
         task: what is hidden and asked.
-        length: content tokens of context and question, a multiple of the model's chunk size.
+        length: content tokens of context and question, a multiple of `chunk_size`.
         num_questions: questions to ask at least; whole examples are used.
         seed: seed of the examples.
+        depth: where the asked-for needle is, 0 to 1; None = anywhere.
+        chunk_size: questions end at multiples of it; None = the model's, or 64 if it has none.
+            Only models whose chunks are of this size can have their recall counted.
         segment_size: tokens of one forward while reading.
-        new_memory: makes the memory that a context is read into.
+        new_memory: makes the memory that a DRT reads a context into.
+        beyond_limit: whether rotary positions may go beyond the model's limit.
+        first_token_id: a token to read before each context; None = none.
         on_context: called after each example with the tokens read.
+
+    Raises:
+        ValueError: no questions, a length that does not fit the task or the model.
     """
     if num_questions < 1:
         raise ValueError(f"num_questions must be at least 1, got {num_questions}")
     model.eval()
-    answers: list[Answer] = []
+    first = [] if first_token_id is None else [first_token_id]
+    size = chunk_size or common_chunk_size([model.config])
+    agree = not first and size == getattr(model.config, "chunk_size", None)
+    answers: list[ScoredAnswer] = []
     resettable = reset_peak_rss()
     started, examples = time.perf_counter(), 0
     while len(answers) < num_questions:
         example = task.evaluation_example(
-            corpus, seed=seed, index=examples, length=length, chunk_size=model.config.chunk_size
+            corpus, seed=seed, index=examples, length=length, chunk_size=size, depth=depth
         )
-        context = torch.as_tensor(example.context_ids, device=model.device)[None]
-        with new_memory() as memory:
-            state = read_context(model, context, segment_size=segment_size, memory=memory)
-            answers += [ask(model, state, question) for question in example.questions]
+        # Before hours of reading, not after.
+        check_length(model, len(first) + tokens_needed(example), beyond_limit=beyond_limit)
+        with start_reading(
+            model, segment_size=segment_size, new_memory=new_memory, beyond_limit=beyond_limit
+        ) as reading:
+            reading.read(torch.tensor(first, dtype=torch.int64))
+            reading.read(torch.as_tensor(example.context_ids))
+            answers += [
+                ask(reading, question, chunks_agree=agree) for question in example.questions
+            ]
         examples += 1
         if on_context is not None:
             on_context(length)
     seconds = (time.perf_counter() - started) / examples
-    return _score(length, answers, seconds, peak_rss() if resettable else None)
+    return _score(length, depth, answers, seconds, peak_rss() if resettable else None)
 
 
-def _score(length: int, answers: list[Answer], seconds: float, peak: int | None) -> NeedleScore:
-    count = len(answers)
+def _score(
+    length: int, depth: float | None, answers: list[ScoredAnswer], seconds: float, peak: int | None
+) -> NeedleScore:
     recalls = [answer.recalled for answer in answers if answer.recalled is not None]
+    right, count = sum(answer.exact_match for answer in answers), len(answers)
     return NeedleScore(
         length=length,
+        depth=depth,
         n=count,
-        exact_match=sum(answer.exact_match for answer in answers) / count,
+        num_right=right,
+        exact_match=right / count,
+        exact_match_interval=wilson_interval(right, count),
         recall=sum(recalls) / len(recalls) if recalls else None,
         seconds_per_example=seconds,
         peak_rss_bytes=peak,
+    )
+
+
+def pooled(scores: Sequence[NeedleScore]) -> NeedleScore:
+    """One score of the questions of several at one length, say of other seeds or depths."""
+    count, right = sum(s.n for s in scores), sum(s.num_right for s in scores)
+    recalls = [(s.recall, s.n) for s in scores if s.recall is not None]
+    peaks = [s.peak_rss_bytes for s in scores if s.peak_rss_bytes is not None]
+    depths = {s.depth for s in scores}
+    return NeedleScore(
+        length=scores[0].length,
+        depth=depths.pop() if len(depths) == 1 else None,
+        n=count,
+        num_right=right,
+        exact_match=right / count,
+        exact_match_interval=wilson_interval(right, count),
+        recall=sum(share * n for share, n in recalls) / count if recalls else None,
+        seconds_per_example=sum(s.seconds_per_example * s.n for s in scores) / count,
+        peak_rss_bytes=max(peaks) if peaks else None,
     )

@@ -159,33 +159,50 @@ def _cell(results: Results, row: str, column: Column, *, is_best: bool) -> str:
 
 
 def _comparisons(results: Results) -> str:
-    """Ratios of perplexities of the same documents, seed by seed."""
-    head = ["first / second", "measurement", "seed", "ratio of perplexities", "95 % interval"]
-    lines = [head, ["---"] * len(head)]
-    for first, second in results.study.comparisons:
-        for name, seed, ratio in _ratios(results, first, second):
-            low, high = ratio["interval"]
-            lines.append(
-                [f"{first} / {second}", name, str(seed), f"{ratio['ratio']:.4f}",
-                 f"{low:.4f} to {high:.4f}"]
-            )  # fmt: skip
-    if len(lines) == 2:
+    """Ratios of perplexities on the same documents, seed by seed, a table a measurement."""
+    parts = [
+        _comparison_table(results, name)
+        for name, measurement in results.study.measurements.items()
+        if measurement.task == "perplexity"
+    ]
+    if not any(parts):
         return NONE
-    return (
-        "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-        + "\n\nBelow 1 the first is better. The interval is over documents, by paired bootstrap; "
-        "what another seed would give, the other seeds show."
+    note = (
+        "Ratios of perplexities, the first model's over the second's, with 95 % intervals over "
+        "documents by paired bootstrap. Below 1 the first predicts better. What another seed would "
+        "give, the other seeds show."
     )
+    return "\n\n".join([*(part for part in parts if part), note])
 
 
-def _ratios(results: Results, first: str, second: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    for name, measurement in results.study.measurements.items():
-        if measurement.task != "perplexity":
-            continue
-        for seed in results.study.seeds:
-            if seed in results.done[first] and seed in results.done[second]:
-                records = [results.record(row, seed, name) for row in (first, second)]
-                yield name, seed, paired_difference(*records)
+def _comparison_table(results: Results, measurement: str) -> str:
+    lines = [
+        (f"{first} / {second}", str(seed), paired_difference(*records))
+        for first, second in results.study.comparisons
+        for seed, records in _pairs(results, first, second, measurement)
+    ]
+    if not lines:
+        return NONE
+    labels = [row["label"] for row in lines[0][2]]
+    cells = [[measurement, "seed", *labels], ["---"] * (2 + len(labels))]
+    cells += [[name, seed, *map(_ratio, rows)] for name, seed, rows in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+
+
+def _pairs(
+    results: Results, first: str, second: str, measurement: str
+) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """The records of both rows, for each seed that both have."""
+    for seed in results.done[first]:
+        if seed in results.done[second]:
+            yield seed, [results.record(row, seed, measurement) for row in (first, second)]
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    if row["interval"] is None:
+        return f"{row['ratio']:.4f}"
+    low, high = row["interval"]
+    return f"{row['ratio']:.4f} [{low:.4f}, {high:.4f}]"
 
 
 def _slug(title: str) -> str:

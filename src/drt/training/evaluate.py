@@ -37,7 +37,7 @@ class NeedleEvaluation(TrainerCallback):
             return
         with self.trainer.speed.pause():
             scores = self._scores()
-        self.trainer.log(scores)
+        _log_beside(self.trainer, scores)
 
     def _scores(self) -> dict[str, float]:
         model: Any = self.trainer.model
@@ -80,7 +80,7 @@ class ValidationLoss(TrainerCallback):
             return
         with self.trainer.speed.pause():
             loss = self._loss(args.device)
-        self.trainer.log({"validation_loss": loss})
+        _log_beside(self.trainer, {"validation_loss": loss})
 
     @torch.no_grad()
     def _loss(self, device: torch.device) -> float:

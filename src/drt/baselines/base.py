@@ -1,0 +1,436 @@
+"""What the baselines share: what transformers sees of a model, and the state between forwards.
+
+Each architecture stands in a file of its own and is complete there. Shapes use the letters of
+docs/method.md: B rows, T content tokens, E width, H and G heads, D head width.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.generation.utils import GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+
+from drt.arguments import check_labels, loss_kwargs, make_marks
+from drt.configuration import _FOREIGN_KEYS
+from drt.layers import DRTRMSNorm
+from drt.loss import LanguageModelHead, losses_of_head, mean_loss, next_tokens
+
+
+@strict
+class BaselineConfig(PreTrainedConfig):
+    """The sizes that every baseline has.
+
+    Raises:
+        ValueError: a size is out of range, heads do not divide, or a key is unknown.
+    """
+
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+
+    vocab_size: int = 258
+    """Tokens in the vocabulary."""
+    hidden_size: int = 768
+    """Model width E."""
+    intermediate_size: int = 2048
+    """Width of the SwiGLU feed-forward layers."""
+    num_hidden_layers: int = 12
+    """Decoder layers N."""
+    num_attention_heads: int = 12
+    """Query heads H."""
+    num_key_value_heads: int | None = None
+    """Key/value heads G; None = as many as query heads."""
+    head_dim: int | None = None
+    """Width of one head D; None = hidden_size / num_attention_heads."""
+    max_position_embeddings: int = 16384
+    """Tokens of a training row, for information: the model itself has no length limit."""
+    initializer_range: float = 0.02
+    """Standard deviation of the initial weights."""
+    rms_norm_eps: float = 1e-6
+    """Added to the mean square in every RMSNorm."""
+    tie_word_embeddings: bool = True
+    """Whether the output head is the embedding."""
+    use_cache: bool = True
+    """Whether generation keeps a state."""
+    pad_token_id: int | None = None
+    """Id of the padding token, if there is one."""
+    bos_token_id: int | None = None
+    """Id of the token that opens a text, if there is one."""
+    eos_token_id: int | list[int] | None = None
+    """Id or ids that end a generation, if any."""
+    sliding_window: int = 512
+    """Positions that self-attention sees directly, the query's own included."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    loss_chunk_size: int | None = None
+    """Tokens, of all rows together, whose logits are held at once in training; a training forward
+    with labels then returns no logits. None = all, and they are returned."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        _refuse_unknown(type(self), kwargs)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                    f"{self.num_attention_heads}; set head_dim to choose the head width yourself"
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        super().__post_init__(**kwargs)
+        self._check()
+
+    def _positive_fields(self) -> tuple[str, ...]:
+        """Names of the fields that must be at least 1 where they are set."""
+        return (
+            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+            *("num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window"),
+            "loss_chunk_size",
+        )
+
+    def _check(self) -> None:
+        """Refuse what no model can have; names the field, its value and the limit."""
+        for name in self._positive_fields():
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        assert self.num_key_value_heads is not None
+        assert self.head_dim is not None
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"rotary positions need an even head_dim, got {self.head_dim}")
+
+
+def _refuse_unknown(cls: type, kwargs: dict[str, Any]) -> None:
+    """Raise on keys that no field reads, with the nearest field name."""
+    known = {field.name for field in fields(cls)}
+    for key in kwargs:
+        if key in known or key in _FOREIGN_KEYS:
+            continue
+        near = get_close_matches(key, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown {cls.__name__} key {key!r}{hint}")
+
+
+class KeyValues(NamedTuple):
+    """Keys and values of n positions of one layer."""
+
+    keys: Tensor
+    """(B, n, G, D)."""
+    values: Tensor
+    """(B, n, G, D)."""
+
+    def extended(self, key: Tensor, value: Tensor) -> KeyValues:
+        """These and (B, P, G, D) new ones after them; of another precision, they take the new."""
+        keys = torch.cat([self.keys.to(key.dtype), key], dim=1)
+        values = torch.cat([self.values.to(value.dtype), value], dim=1)
+        return KeyValues(keys, values)
+
+    def last(self, count: int) -> KeyValues:
+        """The last `count` positions, or all where there are fewer."""
+        length = self.keys.shape[1]
+        if length <= count:
+            return self
+        parts = (x[:, length - count :] for x in self)
+        # A slice keeps the whole segment alive; one of little more than itself costs less so.
+        return KeyValues(*(x if length <= 2 * count else x.clone() for x in parts))
+
+
+class BaselineState(Cache):
+    """What a baseline carries from one forward to the next, made by `model.new_state()`.
+
+    All rows have read the same number of tokens. Tensors in it are replaced, never written to, so
+    a copy shares them: `copy.deepcopy` costs nothing and forks.
+
+    Args:
+        num_layers: decoder layers of the model.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__(layers=[])
+        self.num_tokens = 0
+        """Content tokens read, of each row."""
+        self.held: list[Any] = [None] * num_layers
+        """Per layer a NamedTuple of tensors, rows first; None before anything was read."""
+
+    def fork(self) -> BaselineState:
+        """A state that goes on from here on its own."""
+        other = copy.copy(self)
+        other.held = list(self.held)
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BaselineState:
+        return self.fork()
+
+    @property
+    def batch_size(self) -> int | None:
+        """Rows; None before anything was read."""
+        return None if self.held[0] is None else self.held[0][0].shape[0]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Replace the rows by those with these numbers (B',)."""
+        self.held = [
+            held if held is None else type(held)(*(x[beam_idx.to(x.device)] for x in held))
+            for held in self.held
+        ]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows with these numbers."""
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row, copies side by side."""
+        if self.batch_size is not None:
+            self.reorder_cache(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    # What transformers asks of a cache.
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Content tokens read."""
+        return self.num_tokens
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: there is no limit."""
+        return -1
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: its shapes change."""
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether anything has been read."""
+        return self.num_tokens > 0
+
+    @property
+    def is_croppable(self) -> bool:
+        """False: what left the window is gone; fork before what you may want to undo."""
+        return False
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(num_tokens={self.num_tokens})"
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: what left the window is gone."""
+        raise NotImplementedError(f"a {type(self).__name__} cannot be cropped: fork() it before")
+
+    def reset(self) -> None:
+        """Refused: make a new state."""
+        raise NotImplementedError("make a new state with model.new_state()")
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Refused: the model itself writes its state."""
+        raise NotImplementedError(f"a {type(self).__name__} is written by its model only")
+
+
+@dataclass
+class BaselineOutput(CausalLMOutputWithPast):
+    """What a baseline returns: `loss`, `logits`, `past_key_values` and what was asked for."""
+
+    token_losses: Tensor | None = None
+    """(B, T - 1) of predicting labels 1 .. T - 1, 0 at -100; only with `output_token_losses`."""
+
+
+class BaselinePreTrainedModel(PreTrainedModel):
+    """What transformers must know of the model."""
+
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    # A state cannot be rolled back, so assisted decoding is refused.
+    _is_stateful = True
+
+
+class BaselineModel(BaselinePreTrainedModel):
+    """Embedding, layers and final norm; subclasses fill `layers` and write `forward`."""
+
+    def __init__(self, config: BaselineConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList()
+        self.norm = DRTRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+
+    def forward(self, input_ids: Tensor, state: BaselineState | None) -> Tensor:
+        """Read one segment.
+
+        Args:
+            input_ids: (B, T) int64, T at least 1.
+            state: what was read before; extended in place. None = the rows start here, and
+                nothing is kept.
+
+        Returns:
+            (B, T, E) where the token after each one is predicted, before the final norm.
+        """
+        raise NotImplementedError
+
+
+class BaselineForCausalLM(BaselinePreTrainedModel, GenerationMixin):
+    """A `BaselineModel` with a language-model head; subclasses name their classes only."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    # The Trainer then hands `num_items_in_batch` to the loss.
+    accepts_loss_kwargs = True
+    model_class: type[BaselineModel]
+
+    def __init__(self, config: BaselineConfig) -> None:
+        super().__init__(config)
+        self.model = self.model_class(config)
+        self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    def new_state(self) -> BaselineState:
+        """An empty state, for any number of rows."""
+        return BaselineState(self.config.num_hidden_layers)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: BaselineState | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        *,
+        output_token_losses: bool = False,
+        **kwargs: Any,
+    ) -> BaselineOutput:
+        """Predict the next token of every token.
+
+        Args:
+            input_ids: (B, T) int64, any T of at least 1.
+            attention_mask: (B, T), or (B, past + T) of which the last T count; 0 = padding, which
+                is allowed at the right of rows that no state is kept of. What is returned at
+                padding means nothing; `labels` must be -100 there.
+            past_key_values: the state that the tokens continue; extended in place.
+            labels: (B, T) int64, the input ids or -100; shifted inside. Needs all logits.
+            use_cache: whether to make a state when none is given; None = no.
+            logits_to_keep: compute only the last n logits, or those at a (n,) index; 0 = all.
+            output_token_losses: return the loss of each token; needs `labels`.
+            **kwargs: `num_items_in_batch` for the loss.
+
+        Returns:
+            `BaselineOutput` with logits (B, T, vocab_size). They are None where there are labels,
+            in training mode with `config.loss_chunk_size` set.
+
+        Raises:
+            ValueError: ids, masks or a state of a wrong shape or kind, padding that cannot be
+                read, or an unknown argument.
+        """
+        extra = loss_kwargs(kwargs)
+        check_labels(labels, logits_to_keep, output_token_losses=output_token_losses)
+        state = past_key_values
+        if state is None and use_cache:
+            state = self.new_state()
+        _check_ids(input_ids, state)
+        _check_padding(input_ids, attention_mask, state)
+        hidden = self.model(input_ids, state)
+        is_count = isinstance(logits_to_keep, int)
+        kept = slice(-logits_to_keep or None, None) if is_count else logits_to_keep
+        hidden = self.model.norm(hidden[:, kept])
+        if labels is None:
+            loss, losses, logits = None, None, self.lm_head(hidden)
+        else:
+            targets = next_tokens(labels).to(hidden.device)
+            chunk_size = self.config.loss_chunk_size if self.training else None
+            losses, logits = losses_of_head(self.lm_head, hidden, targets, chunk_size=chunk_size)
+            loss = mean_loss(losses, targets, **extra)
+        return BaselineOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=state,
+            token_losses=losses[:, :-1] if output_token_losses and losses is not None else None,
+        )
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Give `generate` a `BaselineState` where transformers would make a cache of its own."""
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r} is not "
+                f"supported: a {type(self).__name__} keeps a BaselineState"
+            )
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = self.new_state()
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: BaselineState | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The tokens that the state has not read; the rest is as `forward` wants it."""
+        if next_sequence_length is not None:
+            if next_sequence_length < 1:
+                raise ValueError(
+                    f"the state has read {past_key_values} and input_ids have "
+                    f"{input_ids.shape[1]} columns: there is no token to go on from"
+                )
+            input_ids = input_ids[:, -next_sequence_length:]
+        return {
+            "input_ids": input_ids,
+            "past_key_values": past_key_values,
+            "attention_mask": attention_mask,
+            "use_cache": kwargs.get("use_cache"),
+            "logits_to_keep": kwargs.get("logits_to_keep", 0),
+        }
+
+
+def _check_ids(input_ids: Tensor, state: Any) -> None:
+    """Refuse ids of a wrong shape, and what is no state of as many rows."""
+    if input_ids.dim() != 2 or input_ids.shape[1] < 1:
+        raise ValueError(f"input_ids must be (B, T), T at least 1, got {tuple(input_ids.shape)}")
+    if state is None:
+        return
+    if not isinstance(state, BaselineState):
+        raise ValueError(
+            f"past_key_values must be a BaselineState, got {type(state).__name__}; "
+            "make one with model.new_state()"
+        )
+    if state.batch_size not in (None, input_ids.shape[0]):
+        raise ValueError(
+            f"the state has {state.batch_size} rows, the input has {input_ids.shape[0]}"
+        )
+
+
+def _check_padding(
+    input_ids: Tensor, attention_mask: Tensor | None, state: BaselineState | None
+) -> None:
+    """Refuse padding that content would see: all but that at the right of rows without a state."""
+    content = make_marks(input_ids, attention_mask, None, None).content
+    if content is None:
+        return
+    if state is not None:
+        raise ValueError(
+            "attention_mask marks padding, which a state cannot hold: read rows of unequal length "
+            "one at a time, or without a state and padded at the right"
+        )
+    inside = (~content[:, :-1] & content[:, 1:]).any(axis=1)
+    if inside.any():
+        raise ValueError(
+            f"attention_mask marks padding before content in row {int(inside.argmax())}: only "
+            "padding at the right can be read"
+        )

@@ -1,0 +1,315 @@
+"""Perplexity on a prepared split: by context length, with the same targets, and by position."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from drt.checkpoints import Checkpoint
+from drt.data.prepared import PreparedSplit
+from drt.evaluation.document_losses import ScoredWindows, paired_difference, sum_by_document
+from drt.evaluation.figure import short_length
+from drt.evaluation.text_counts import Spelling
+from drt.evaluation.token_losses import book_nats, window_nats
+from drt.evaluation.windows import (
+    Excerpt,
+    Window,
+    choose_excerpts,
+    choose_targets,
+    cut_windows,
+    shorten,
+)
+
+__all__ = ["PerplexityTask", "paired_difference"]
+
+OVERALL = "overall"
+"""What the row of all positions is called."""
+
+# The bucket of all positions.
+WHOLE = (0, 1 << 62)
+
+FIGURES = {
+    "perplexity": "perplexity a token, 95 % interval",
+    "perplexity_per_word": "perplexity a word",
+    "bits_per_byte": "bits a byte",
+}
+"""What the table shows, by its name in a record."""
+
+
+@dataclass(frozen=True)
+class PerplexityTask:
+    """exp(sum of losses / number of tokens), over all scored tokens of a split.
+
+    No token is put in front of a text. A token that nothing was read before is not scored.
+    """
+
+    data: str
+    """Folder of a split that `drt data prepare` has written with the model's tokenizer."""
+    mode: Literal["segmented", "sliding", "book"] = "segmented"
+    """segmented: windows of `lengths` tokens, each read from nothing, all tokens but the first of
+    each scored; what remains at a document's end is a shorter window. sliding: the same tokens for
+    every length, each stretch of `stride` at the end of a window of that length. book: each
+    document read once from its start to its end, scored by position."""
+    lengths: list[int] = field(default_factory=lambda: [1024])
+    """Tokens of a window, what is scored of it included; not of books."""
+    stride: int | None = None
+    """Tokens of a stretch that sliding windows are scored on; None = half the shortest length."""
+    max_targets: int = 256
+    """At most so many stretches of sliding windows, shared out evenly over the documents."""
+    max_documents: int | None = None
+    """At most so many documents, evenly spaced in the order of the split; None = all."""
+    max_document_tokens: int | None = None
+    """At most so many tokens of each document, from its start; None = all."""
+    max_tokens: int | None = None
+    """At most so many tokens in all, of segmented text and books, in equal shares a document."""
+    first_bucket: int = 1024
+    """Positions of a book below this are one bucket; from there on each reaches twice as far."""
+    batch_tokens: int = 2048
+    """Windows are run side by side while they have at most so many tokens together; a window that
+    has more by itself is read in segments."""
+    segment_size: int = 4096
+    """Tokens of one forward where a text is read in segments."""
+    beyond_limit: bool = False
+    """Whether rotary positions may go on beyond the model's `max_position_embeddings`."""
+    num_resamples: int = 1000
+    """Resamples of the bootstrap over documents."""
+    seed: int = 0
+    """Seed of the bootstrap."""
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            numbers = value if isinstance(value, list) else [value]
+            if name != "seed" and any(
+                isinstance(x, int) and not isinstance(x, bool) and x < 1 for x in numbers
+            ):
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        shortest = min(self.lengths, default=0)
+        if shortest < 2:
+            raise ValueError(f"lengths must be of at least 2 tokens, got {self.lengths}")
+        if self.first_bucket < 2:
+            raise ValueError(f"first_bucket must be at least 2 tokens, got {self.first_bucket}")
+        if self.mode != "sliding" and self.stride is not None:
+            raise ValueError(f"stride is of sliding windows, mode is {self.mode}")
+        if self.mode == "sliding" and self.max_tokens is not None:
+            raise ValueError("max_tokens is not of sliding windows: set max_targets")
+        if self.stride is not None and self.stride >= shortest:
+            raise ValueError(f"stride is {self.stride}: it must be below the length {shortest}")
+
+    def evaluate(self, checkpoint: Checkpoint, *, title: str) -> dict[str, Any]:
+        """Score a model.
+
+        Args:
+            checkpoint: a causal LM and its tokenizer.
+            title: of the progress bar.
+
+        Returns:
+            A record, ready for JSON: `rows`, one for each length or bucket of positions, and of
+            books `overall`, each with counts, perplexity a token, a word and a byte, the sums of
+            each document (see `DocumentLosses.figures`), and how much of the split it does not
+            score. A word counts where it starts.
+
+        Raises:
+            ValueError: no such split, another tokenizer's, no document is as long as the longest
+                length, or a length is beyond the model's positions.
+        """
+        split = PreparedSplit(self.data, tokenizer=checkpoint.tokenizer)
+        checkpoint.model.eval()
+        excerpts = self._excerpts(split)
+        with checkpoint.autocast():
+            if self.mode == "book":
+                scored = self._score_books(checkpoint.model, split, excerpts, title)
+            else:
+                scored = self._score_windows(checkpoint.model, split, excerpts, title)
+        rows = self._rows(scored, split, Spelling(checkpoint.tokenizer))
+        return {
+            "task": "perplexity",
+            "mode": self.mode,
+            "settings": asdict(self),
+            "parameters": checkpoint.model.num_parameters(),
+            "data_sha256": _data_sha256(split),
+            "rows": [row for row in rows if row["label"] != OVERALL],
+            "overall": next((row for row in rows if row["label"] == OVERALL), None),
+        }
+
+    @staticmethod
+    def table(records: dict[str, dict[str, Any]]) -> str:
+        """A plain-text table for each mode and figure: a row a model, a column a length.
+
+        Args:
+            records: what `evaluate` returned, by the name of the model.
+        """
+        parts = []
+        for mode in dict.fromkeys(record["mode"] for record in records.values()):
+            alike = {name: record for name, record in records.items() if record["mode"] == mode}
+            parts += [_table(alike, figure, f"{mode}, {text}") for figure, text in FIGURES.items()]
+        return "\n\n".join(part for part in parts if part)
+
+    @staticmethod
+    def draw(records: dict[str, dict[str, Any]], path: Path) -> None:
+        """Draw perplexity with its intervals by context length, or of books by position.
+
+        Args:
+            records: what `evaluate` returned, by the name of the model; of one mode.
+            path: where to; its ending chooses the format.
+
+        Raises:
+            ValueError: there are no records, or they are of several modes.
+        """
+        from drt.evaluation.length_figures import draw_perplexity
+
+        draw_perplexity(records, path)
+
+    def _excerpts(self, split: PreparedSplit) -> list[Excerpt]:
+        longest = 2 if self.mode == "book" else max(self.lengths)
+        return choose_excerpts(
+            split,
+            min_tokens=longest if self.mode == "sliding" else 2,
+            longest=longest,
+            max_documents=self.max_documents,
+            max_document_tokens=self.max_document_tokens,
+            max_tokens=self.max_tokens,
+        )
+
+    def _windows(self, excerpts: list[Excerpt]) -> dict[int, list[Window]]:
+        """What is read at each length."""
+        lengths = sorted(set(self.lengths))
+        if self.mode == "segmented":
+            return {length: cut_windows(excerpts, length) for length in lengths}
+        targets = choose_targets(
+            excerpts,
+            longest=lengths[-1],
+            stride=self.stride or lengths[0] // 2,
+            max_targets=self.max_targets,
+        )
+        return {length: shorten(targets, length) for length in lengths}
+
+    def _score_windows(
+        self, model: Any, split: PreparedSplit, excerpts: list[Excerpt], title: str
+    ) -> list[ScoredWindows]:
+        """A row for each length, shortest first."""
+        plan = self._windows(excerpts)
+        scored = []
+        with _bar(title, sum(x.num_tokens for windows in plan.values() for x in windows)) as bar:
+            for length, windows in plan.items():
+                bar.set_postfix(length=length, refresh=False)
+                nats = window_nats(
+                    model,
+                    split,
+                    windows,
+                    batch_tokens=self.batch_tokens,
+                    segment_size=self.segment_size,
+                    beyond_limit=self.beyond_limit,
+                    on_tokens=bar.update,
+                )
+                place = {
+                    "label": short_length(length),
+                    "length": length,
+                    "num_windows": len(windows),
+                    "num_full_windows": sum(x.num_tokens == length for x in windows),
+                }
+                scored.append(ScoredWindows(place, windows, nats))
+        return scored
+
+    def _score_books(
+        self, model: Any, split: PreparedSplit, excerpts: list[Excerpt], title: str
+    ) -> list[ScoredWindows]:
+        """A row for each bucket of positions, and one for all."""
+        found: dict[tuple[int, int], list[tuple[Window, float]]] = {}
+        with _bar(title, sum(excerpt.num_tokens for excerpt in excerpts)) as bar:
+            for excerpt in excerpts:
+                losses = book_nats(
+                    model,
+                    split,
+                    excerpt,
+                    segment_size=self.segment_size,
+                    beyond_limit=self.beyond_limit,
+                    on_tokens=bar.update,
+                )
+                for first, end in [*_buckets(self.first_bucket, excerpt.num_tokens), WHOLE]:
+                    # Nothing predicts a book's first token.
+                    start, stop = max(first, 1), min(end, excerpt.num_tokens)
+                    window = Window(excerpt.document, 0, start, stop)
+                    pair = window, float(losses[start:stop].sum())
+                    found.setdefault((first, end), []).append(pair)
+        return [_scored_bucket(edges, found[edges]) for edges in sorted(found)]
+
+    def _rows(
+        self, scored: list[ScoredWindows], split: PreparedSplit, spelling: Spelling
+    ) -> list[dict[str, Any]]:
+        rows = []
+        for row, losses in zip(scored, sum_by_document(scored, split, spelling), strict=True):
+            not_scored = {
+                "documents": split.num_documents - len(losses.documents),
+                "tokens": split.num_tokens - int(losses.tokens.sum()),
+            }
+            figures = losses.figures(num_resamples=self.num_resamples, seed=self.seed)
+            marks = {"not_scored": not_scored, "scored_sha256": row.digest()}
+            rows.append({**row.place, **figures, **marks})
+        return rows
+
+
+def _buckets(first: int, length: int) -> list[tuple[int, int]]:
+    """Positions 0 to `first`, and then twice as far each time, until `length` is covered."""
+    edges = [(0, first)]
+    while edges[-1][1] < length:
+        edges.append((edges[-1][1], 2 * edges[-1][1]))
+    return edges
+
+
+def _scored_bucket(edges: tuple[int, int], found: list[tuple[Window, float]]) -> ScoredWindows:
+    first, end = edges
+    label = f"{short_length(first) if first else 0}-{short_length(end)}"
+    place = {"label": label, "from": first, "to": end}
+    windows, nats = zip(*found, strict=True)
+    return ScoredWindows(
+        {"label": OVERALL} if edges == WHOLE else place, list(windows), np.array(nats)
+    )
+
+
+def _bar(title: str, total: int) -> tqdm:
+    return tqdm(total=total, desc=title, unit="token", unit_scale=True, mininterval=1.0)
+
+
+def _data_sha256(split: PreparedSplit) -> str:
+    """A hash of the split's tokens and documents."""
+    digests = [sorted(shard.sha256.items()) for shard in split.manifest.shards]
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+
+
+def _table(records: dict[str, dict[str, Any]], figure: str, title: str) -> str:
+    """One figure of several models, or nothing where none has it."""
+    rows = {name: _table_rows(record) for name, record in records.items()}
+    labels = list(dict.fromkeys(label for found in rows.values() for label in found))
+    cells = {
+        name: [_cell(found.get(label), figure) for label in labels] for name, found in rows.items()
+    }
+    if all(cell == "-" for line in cells.values() for cell in line):
+        return ""
+    width = max(len(name) for name in ("model", *cells))
+    size = max(len(cell) for line in (labels, *cells.values()) for cell in line) + 2
+    lines = [
+        f"{name:<{width}}" + "".join(f"{cell:>{size}}" for cell in line)
+        for name, line in (("model", labels), *cells.items())
+    ]
+    return "\n".join([title, lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _table_rows(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    rows = [*record["rows"], *([record["overall"]] if record["overall"] else [])]
+    return {row["label"]: row for row in rows}
+
+
+def _cell(row: dict[str, Any] | None, figure: str) -> str:
+    value = row and row[figure]
+    if value is None:
+        return "-"
+    interval = row["perplexity_interval"] if row and figure == "perplexity" else None
+    if interval is None:
+        return f"{value:.3f}"
+    return f"{value:.3f} ({interval[0]:.3f}-{interval[1]:.3f})"

@@ -1,0 +1,203 @@
+"""Evaluation tasks by name: what `drt eval` and studies measure, and how it is set.
+
+A task is a frozen dataclass. Its fields, a sentence under each, are its settings; `evaluate` takes
+a checkpoint and returns a JSON-ready record, `table` shows the records of several models, and
+`draw`, where a task has it, draws them.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass, replace
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+from transformers import AutoConfig, PreTrainedConfig
+
+from drt.checkpoints import Checkpoint
+from drt.evaluation.needles import common_chunk_size
+from drt.run_config import build
+
+TASKS: dict[str, str] = {
+    "single": "drt.evaluation.needle_evaluation:NeedleEvaluationTask",
+    "multi": "drt.evaluation.needle_evaluation:MultiNeedleEvaluationTask",
+    "needle": "drt.evaluation.needle_evaluation:NeedleEvaluationTask",
+    "perplexity": "drt.evaluation.perplexity:PerplexityTask",
+    "cost": "drt.evaluation.cost:CostTask",
+}
+"""Name -> "module:class"; a module is imported when its task is asked for."""
+
+
+class EvaluationTask(Protocol):
+    """What every class that `TASKS` names offers."""
+
+    def evaluate(self, checkpoint: Checkpoint, *, title: str) -> dict[str, Any]:
+        """A JSON-ready record of what was measured; progress is shown under the title."""
+        ...
+
+    @staticmethod
+    def table(records: dict[str, dict[str, Any]]) -> str:
+        """Plain text, one row or more a model; the records are by model name."""
+        ...
+
+
+def task_class(name: str) -> type[Any]:
+    """The class of a task.
+
+    Raises:
+        ValueError: no task is called so.
+        ImportError: it needs a library that is not installed.
+    """
+    if name not in TASKS:
+        near = get_close_matches(name, TASKS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"no task {name!r}{hint}; tasks are {', '.join(TASKS)}")
+    module, _, attribute = TASKS[name].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def make_task(name: str, *settings: Mapping[str, Any]) -> EvaluationTask:
+    """A task with some settings changed.
+
+    Args:
+        name: one of `TASKS`.
+        *settings: field -> value, later ones over earlier ones; a mapping changes part of a field
+            that is a mapping itself.
+
+    Raises:
+        ValueError: no such task or setting, or a value of the wrong type or out of range.
+        ImportError: as `task_class`.
+    """
+    cls = task_class(name)
+    wanted = _defaults(cls)
+    for layer in settings:
+        wanted = _overlay(wanted, layer)
+    try:
+        return build(cls, wanted)
+    except ValueError as error:
+        raise ValueError(f"task {name}: {error}") from error
+
+
+def parse_settings(words: Iterable[str]) -> dict[str, Any]:
+    """Settings from "key=value" words: dotted keys reach into mappings, values are YAML.
+
+    Raises:
+        ValueError: a word without "=", or a key inside a plain value.
+    """
+    settings: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise ValueError(f"a setting reads key=value, got {word!r}")
+        *parents, last = key.split(".")
+        node = settings
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"setting {word!r}: {parent} is a plain value")
+        try:
+            node[last] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"setting {word!r} is not YAML: {error}") from error
+    return settings
+
+
+def for_models(task: Any, models: Iterable[str | Path]) -> Any:
+    """The task with questions that end where chunks end for all of the models.
+
+    Args:
+        task: any task; only one with an unset `chunk_size` changes.
+        models: folders that hold config.json, or names on the hub.
+
+    Raises:
+        ValueError: a model that transformers cannot load.
+    """
+    if getattr(task, "chunk_size", 0) is not None:
+        return task
+    return replace(task, chunk_size=common_chunk_size([_config(model) for model in models]))
+
+
+def _config(model: str | Path) -> PreTrainedConfig:
+    import drt.architectures  # noqa: F401  (registers the kinds of models)
+
+    try:
+        return AutoConfig.from_pretrained(str(model))
+    except OSError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{model} holds no model: {reason}") from error
+
+
+def describe_tasks() -> str:
+    """All tasks with their settings, as text."""
+    return "\n\n".join(_describe(name) for name in TASKS)
+
+
+def _describe(name: str) -> str:
+    try:
+        cls = task_class(name)
+    except ImportError as error:
+        return f"{name}: not available: {error}"
+    lines = [f"{name}: {inspect.getdoc(cls)}"]
+    sentences = _sentences(cls)
+    for item in fields(cls):
+        default = _default(item)
+        shown = "" if default is MISSING else f" [{_short(default)}]"
+        lines.append(f"  {item.name}{shown}")
+        lines += textwrap.wrap(sentences.get(item.name, ""), 92, **_INDENTED)
+    return "\n".join(lines)
+
+
+_INDENTED: dict[str, Any] = {"initial_indent": "      ", "subsequent_indent": "      "}
+
+
+def _sentences(cls: type) -> dict[str, str]:
+    """What stands under each field of a dataclass and of those it is derived from."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if not is_dataclass(base):
+            continue
+        (body,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        assert isinstance(body, ast.ClassDef)
+        for item, after in zip(body.body, body.body[1:], strict=False):
+            if (
+                isinstance(item, ast.AnnAssign)
+                and isinstance(item.target, ast.Name)
+                and isinstance(after, ast.Expr)
+                and isinstance(after.value, ast.Constant)
+            ):
+                found[item.target.id] = " ".join(str(after.value.value).split())
+    return found
+
+
+def _short(value: Any) -> str:
+    """A default as YAML on one line, mappings without what is None."""
+    if isinstance(value, dict):
+        value = {key: each for key, each in value.items() if each is not None}
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10000)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _default(item: Field[Any]) -> Any:
+    """A field's default, dataclasses as mappings; MISSING if it has none."""
+    made = item.default if item.default_factory is MISSING else item.default_factory()
+    return asdict(made) if is_dataclass(made) and not isinstance(made, type) else made
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    made = {item.name: _default(item) for item in fields(cls)}
+    return {name: value for name, value in made.items() if value is not MISSING}
+
+
+def _overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Mappings are merged; anything else above replaces what is below."""
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _overlay(merged[key], value) if both else value
+    return merged

@@ -1,0 +1,88 @@
+"""Perplexities from sums, their intervals, and pairs of models."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from drt.evaluation import document_losses
+from drt.evaluation.document_losses import DocumentLosses, bootstrap_interval, paired_difference
+
+
+def losses(nats: Any, tokens: Any, words: Any = None) -> DocumentLosses:
+    counts = None if words is None else np.array(words)
+    documents = np.arange(len(nats))
+    return DocumentLosses(documents, np.array(nats, float), np.array(tokens), counts, counts)
+
+
+def record(nats: Any, tokens: Any, **changes: Any) -> dict[str, Any]:
+    row = {"label": "1K", "scored_sha256": "s"}
+    row |= losses(nats, tokens).figures(num_resamples=10, seed=0)
+    return {"mode": "sliding", "data_sha256": "d", "rows": [row], **changes}
+
+
+def test_perplexity_is_weighted_by_tokens() -> None:
+    # One document of one token at ln 8 and one of three at ln 2: 8 * 2^3 = 64 = 4th power of 2^1.5.
+    found = losses([math.log(8), 3 * math.log(2)], [1, 3], [2, 1]).figures(num_resamples=9, seed=0)
+    assert found["perplexity"] == pytest.approx(2**1.5)
+    assert found["perplexity_per_word"] == pytest.approx(4)
+    assert found["perplexity_per_byte"] == pytest.approx(4)
+    assert found["bits_per_byte"] == pytest.approx(2)
+    assert found["num_tokens"] == 4
+    unknown = losses([1.0], [1]).figures(num_resamples=9, seed=0)
+    assert unknown["perplexity_per_word"] is None
+    assert unknown["bits_per_byte"] is None
+    # exp(800) is beyond float64.
+    assert losses([800.0], [1], [1]).figures(num_resamples=9, seed=0)["perplexity"] is None
+
+
+def test_intervals_of_known_data() -> None:
+    tokens = np.full(400, 10)
+    rng = np.random.default_rng(1)
+    nats = 10 * (2 + 0.3 * rng.standard_normal(400))
+    found = bootstrap_interval(nats, tokens, num_resamples=4000, seed=2)
+    assert found is not None
+    low, high = np.log(found)
+    mean, error = nats.mean() / 10, nats.std() / 10 / math.sqrt(400)
+    # A quantile of 4,000 draws varies by some 4 % of the error; 0.15 is more than three of those.
+    assert low == pytest.approx(mean - 1.96 * error, abs=0.15 * error)
+    assert high == pytest.approx(mean + 1.96 * error, abs=0.15 * error)
+    assert bootstrap_interval(nats, tokens, num_resamples=4000, seed=2) == found
+    assert bootstrap_interval(nats[:1], tokens[:1], num_resamples=10, seed=0) is None
+    alike = bootstrap_interval(2.0 * tokens, tokens, num_resamples=50, seed=0)
+    assert alike == pytest.approx([math.exp(2)] * 2)
+
+
+def test_draws_in_blocks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    nats, tokens = np.arange(1.0, 8.0), np.arange(7, 0, -1)
+    whole = bootstrap_interval(nats, tokens, num_resamples=100, seed=3)
+    monkeypatch.setattr(document_losses, "_BLOCK", 20)
+    assert bootstrap_interval(nats, tokens, num_resamples=100, seed=3) == whole
+
+
+def test_pairs_see_what_single_intervals_do_not() -> None:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(50, 200, size=30)
+    hard = tokens * rng.uniform(1, 5, size=30)
+    (found,) = paired_difference(record(hard - 0.01 * tokens, tokens), record(hard, tokens))
+    assert found["ratio"] == pytest.approx(math.exp(-0.01))
+    assert found["interval"] == pytest.approx([math.exp(-0.01)] * 2)
+    assert (found["label"], found["num_documents"]) == ("1K", 30)
+    assert found["num_tokens"] == tokens.sum()
+    other = hard + tokens * rng.normal(0, 0.1, size=30)
+    (found,) = paired_difference(record(hard, tokens), record(other, tokens))
+    assert found["interval"][0] < found["ratio"] < found["interval"][1]
+    means = (hard - other).sum() / tokens.sum()
+    assert found["ratio"] == pytest.approx(math.exp(means))
+
+
+def test_records_that_cannot_be_compared() -> None:
+    one = record([1.0, 2.0], [3, 4])
+    for name in ("mode", "data_sha256"):
+        with pytest.raises(ValueError, match=f"{name} differs: .* and other"):
+            paired_difference(one, {**one, name: "other"})
+    with pytest.raises(ValueError, match=r"no row is in both records: \['1K'\] and \['2K'\]"):
+        paired_difference(one, {**one, "rows": [{**one["rows"][0], "label": "2K"}]})
+    with pytest.raises(ValueError, match="at 1K the two records score other tokens: 7 of 2"):
+        paired_difference(one, {**one, "rows": [{**one["rows"][0], "scored_sha256": "t"}]})
