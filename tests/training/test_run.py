@@ -19,7 +19,7 @@ from drt.training.curriculum import LEAD_STEPS, SETTLING_STEPS, Curriculum
 
 def metrics(config: RunConfig) -> list[dict[str, Any]]:
     lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
-    timed = {"seconds", "tokens_per_second"}
+    timed = {"seconds", "tokens_per_second", "tflops"}
     return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
 
 

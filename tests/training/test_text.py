@@ -171,9 +171,7 @@ def test_fields_of_another_kind_of_model_are_left_behind() -> None:
     below = {"model": {"hidden_size": 16, "chunk_size": 8}, "seed": 1}
     merged = overlay(below, {"model": {"model_type": "llama", "num_hidden_layers": 3}})
     assert merged["model"] == {"hidden_size": 16, "model_type": "llama", "num_hidden_layers": 3}
-    with pytest.raises(
-        ValueError, match=r"unknown key model\.hiden_size of a llama model"
-    ):
+    with pytest.raises(ValueError, match=r"unknown key model\.hiden_size of a llama model"):
         make_config({"model_type": "llama", "hiden_size": 3}, byte_tokenizer())
     with pytest.raises(ValueError, match="'lama' is no model"):
         make_config({"model_type": "lama"}, byte_tokenizer())

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.integrations.integration_utils import is_tensorboard_available
 from transformers.training_args import TrainingArguments
-from transformers.utils.import_utils import is_tensorboard_available
 
 from drt.precision import uses_bfloat16
 from drt.run_config import RunConfig

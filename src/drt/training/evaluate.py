@@ -95,3 +95,10 @@ class ValidationLoss(TrainerCallback):
             count += int((row["labels"][:, 1:] != IGNORED).sum())
         model.train()
         return total / count
+
+
+def _log_beside(trainer: RunTrainer, scores: dict[str, float]) -> None:
+    """Log scores, and leave the line of the step's own losses to be logged."""
+    wanted = trainer.control.should_log
+    trainer.log(scores)
+    trainer.control.should_log = wanted

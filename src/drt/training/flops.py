@@ -10,6 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from drt.ops.flops import CPU_ATTENTION
+
 # What costs operations that the model does not need, or draws random numbers.
 _LEFT_OUT = {"loss_chunk_size": None, "early_close_rate": 0.0, "retrieval_noise": 0.0}
 
@@ -43,7 +45,8 @@ def flops_of_row(model: PreTrainedModel, length: int) -> int:
 def _count(model: torch.nn.Module, ids: torch.Tensor) -> int:
     trained = [each for each in model.parameters() if each.requires_grad]
     # Outside of the mode, plans that the host makes keep their numbers.
-    with torch.random.fork_rng(devices=[]), FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+    with torch.random.fork_rng(devices=[]), counter:
         # Labels of -100 only would do as well: nobody reads the loss.
         loss = model(input_ids=ids, labels=ids).loss
         torch.autograd.grad(loss, trained, allow_unused=True)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from drt.retrieval import Retrieval
 
-
 MEASURES = ("entropy", "top_weight", "distance", "dead_chunks")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -60,11 +61,13 @@ class SpeedMeter:
         self.tokens_per_step, self.num_devices = tokens_per_step, num_devices
         self.device, self.peak, self.flops_of_row = device, peak, flops_of_row
         self._counted: dict[int, int | None] = {}
-        self._start()
-
-    def _start(self) -> None:
-        self._began, self._left_out = time.perf_counter(), 0.0
+        self._began, self._left_out = math.nan, 0.0
         self._lengths: list[int] = []
+
+    def begin(self) -> None:
+        """Start the clock, if it does not run."""
+        if math.isnan(self._began):
+            self._began = time.perf_counter()
 
     def step(self, length: int) -> None:
         """A step on rows of this length is done."""
@@ -95,7 +98,7 @@ class SpeedMeter:
         self._wait()
         seconds = time.perf_counter() - self._began - self._left_out
         lengths = self._lengths
-        self._start()
+        self._began, self._left_out, self._lengths = time.perf_counter(), 0.0, []
         if not lengths:
             return {}
         speed = {"tokens_per_second": round(len(lengths) * self.tokens_per_step / seconds, 1)}
@@ -110,9 +113,7 @@ class SpeedMeter:
         return speed
 
 
-def speed_meter(
-    config: RunConfig, model: PreTrainedModel, args: TrainingArguments
-) -> SpeedMeter:
+def speed_meter(config: RunConfig, model: PreTrainedModel, args: TrainingArguments) -> SpeedMeter:
     """The meter of a run, which the Trainer is told of in `args`."""
     training, peak = config.training, config.training.peak_tflops
     if peak is None and args.device.type == "cuda" and uses_bfloat16(config.precision):

@@ -62,12 +62,15 @@ class RunTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The weighted sum of the losses; the curriculum hears of that of the answers."""
+        self.speed.begin()
         outputs, losses = self.token_losses(model, inputs)
         loss = (losses * inputs["token_weights"][:, 1:]).sum()
         if "answer_mask" in inputs:
             self._observe(inputs, losses.detach())
         if getattr(outputs, "retrievals", None):
             self._retrieval.add(outputs.retrievals)
+        if self._ends_step(inputs):
+            self.speed.step(inputs["input_ids"].shape[1])
         # Gradients are averaged over the processes.
         loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
@@ -105,13 +108,15 @@ class RunTrainer(Trainer):
         parts = torch.stack(sums, dim=1).cpu()
         self._sums += parts
         self._of_step += parts[0]
-        done = (int(inputs["index"]) // self.accelerator.num_processes + 1) % (
-            self.args.gradient_accumulation_steps
-        )
-        if self.curriculum is not None and done == 0:
+        if self.curriculum is not None and self._ends_step(inputs):
             total, count = self._over_processes(self._of_step).tolist()
             self.curriculum.observe(int(inputs["step"]), total / count)
             self._of_step.zero_()
+
+    def _ends_step(self, inputs: dict[str, Any]) -> bool:
+        """Whether this is the last micro-batch of a step in this process."""
+        number = int(inputs["index"]) // self.accelerator.num_processes
+        return (number + 1) % self.args.gradient_accumulation_steps == 0
 
     def _over_processes(self, sums: Tensor) -> Tensor:
         if self.accelerator.num_processes == 1:

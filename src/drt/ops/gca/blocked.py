@@ -176,7 +176,9 @@ def _attend_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 attend.register_autograd(_attend_backward, setup_context=_save)
 register_flop_formula(torch.ops.drt.blocked_cross_attention)(flops.cross_attention)
-register_flop_formula(torch.ops.drt.blocked_cross_attention_backward)(flops.cross_attention_backward)
+register_flop_formula(torch.ops.drt.blocked_cross_attention_backward)(
+    flops.cross_attention_backward
+)
 
 
 def _forward(inputs: _Inputs) -> Tensor:

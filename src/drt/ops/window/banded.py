@@ -157,7 +157,9 @@ def _attend_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 attend.register_autograd(_attend_backward, setup_context=_save)
 register_flop_formula(torch.ops.drt.banded_window_attention)(flops.window_attention)
-register_flop_formula(torch.ops.drt.banded_window_attention_backward)(flops.window_attention_backward)
+register_flop_formula(torch.ops.drt.banded_window_attention_backward)(
+    flops.window_attention_backward
+)
 
 
 def _is_plain_step(query: Tensor, band: Band) -> bool:

@@ -136,4 +136,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 attend.register_autograd(_backward, setup_context=_save)
 register_flop_formula(torch.ops.drt.grouped_cross_attention)(flops.cross_attention)
-register_flop_formula(torch.ops.drt.grouped_cross_attention_backward)(flops.cross_attention_backward)
+register_flop_formula(torch.ops.drt.grouped_cross_attention_backward)(
+    flops.cross_attention_backward
+)
