@@ -39,10 +39,13 @@ def check_folder(folder: Path, config: RunConfig, *, resume: bool, overwrite: bo
 def check_same_run(folder: Path, config: RunConfig) -> None:
     """Refuse to go on with a run that was trained with another configuration.
 
-    What it is asked afterwards, its `evaluation`, may differ.
+    What it is asked afterwards, its `evaluation`, may differ, and so may the number of micro-batches:
+    on another number of processes, it keeps the number of parts that a step has.
     """
     file = folder / CONFIG_FILE
-    if replace(load_config(file), evaluation=config.evaluation) != config:
+    found = load_config(file)
+    training = replace(found.training, num_micro_batches=config.training.num_micro_batches)
+    if replace(found, evaluation=config.evaluation, training=training) != config:
         raise ValueError(
             f"the run in {folder} has another configuration, see {file}: "
             "overwrite it or choose another folder"

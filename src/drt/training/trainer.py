@@ -83,7 +83,7 @@ class RunTrainer(Trainer):
             if name in inputs and name in self._accepts and name != "labels"
         }
         if "generator" in self._accepts and model.training:
-            given["generator"] = self._generator(int(inputs["index"]))
+            given["generator"] = self._generator(inputs["index"])
         if "output_retrievals" in self._accepts and model.training and self._logs_next:
             given["output_retrievals"] = True
         if "output_token_losses" in self._accepts:
@@ -110,12 +110,12 @@ class RunTrainer(Trainer):
         self._of_step += parts[0]
         if self.curriculum is not None and self._ends_step(inputs):
             total, count = self._over_processes(self._of_step).tolist()
-            self.curriculum.observe(int(inputs["step"]), total / count)
+            self.curriculum.observe(inputs["step"], total / count)
             self._of_step.zero_()
 
     def _ends_step(self, inputs: dict[str, Any]) -> bool:
         """Whether this is the last micro-batch of a step in this process."""
-        number = int(inputs["index"]) // self.accelerator.num_processes
+        number = inputs["index"] // self.accelerator.num_processes
         return (number + 1) % self.args.gradient_accumulation_steps == 0
 
     def _over_processes(self, sums: Tensor) -> Tensor:
