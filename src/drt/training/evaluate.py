@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
@@ -28,6 +29,14 @@ class NeedleEvaluation(TrainerCallback):
 
     def __init__(self, trainer: RunTrainer, config: RunConfig, corpus: Corpus) -> None:
         self.trainer, self.config, self.corpus = trainer, config, corpus
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Let a model in shards gather its own parameters where a text is read, as in forward."""
+        model: Any = self.trainer.model
+        if isinstance(model, FSDPModule) and hasattr(model, "read"):
+            register_fsdp_forward_method(model, "read")
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import Sampler, SequentialSampler
 from transformers.trainer import Trainer
 
@@ -144,7 +145,8 @@ class RunTrainer(Trainer):
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
         elif not _internal_call:
-            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            self._save(output_dir, state_dict=get_model_state_dict(self.model, options=options))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self.speed.pause():
