@@ -132,9 +132,7 @@ def test_reading_works_in_shards(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_a_checkpoint_of_two_processes_goes_on_in_two_and_in_one(
-    name: str, tmp_path: Path
-) -> None:
+def test_a_checkpoint_of_two_processes_goes_on_in_two_and_in_one(name: str, tmp_path: Path) -> None:
     saved = tmp_path / "saved"
 
     def go_on(model: DRTForCausalLM, rows: slice) -> list[list[float]]:
@@ -163,5 +161,7 @@ def test_a_checkpoint_of_two_processes_goes_on_in_two_and_in_one(
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for one, other, both in zip(first, second, found, strict=True):
         # As above; after a step of Muon, whose matrices are orthogonalized in bfloat16.
-        assert (one[0] + other[0]) / 2 == pytest.approx(both[0], rel=1e-5 if name == "adamw" else 1e-4)
+        assert (one[0] + other[0]) / 2 == pytest.approx(
+            both[0], rel=1e-5 if name == "adamw" else 1e-4
+        )
         assert one[1] == pytest.approx(both[1], rel=1e-4 if name == "adamw" else 1e-2)

@@ -11,19 +11,21 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from drt.data import Corpus, byte_tokenizer, load_corpus
 from drt.data.prepared import CorpusConfig, find_sources, prepare
-from drt.training import RunConfig, Stage, TextData, curriculum, run, train
+from drt.training import RunConfig, Stage, TextData, curriculum, run, speed, train
 from drt.training.batches import StepParts
 from drt.training.callbacks import PROGRESS_FILE, latest_checkpoint
 from drt.training.trainer import RunTrainer
 
 from .processes import run_processes
 
-TIMED = {"seconds", "tokens_per_second", "tflops"}
+TIMED = {"seconds", "tokens_per_second"}
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +37,8 @@ def haystack() -> Corpus:
 def needles(run_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     """Seven steps, the last of them on longer rows; a checkpoint after three and after six."""
     monkeypatch.setattr(curriculum, "SETTLING_STEPS", 1)
+    # It takes as long as all the steps, and other tests see to it.
+    monkeypatch.setattr(speed, "flops_if_known", lambda model, length: None)
     tasks = run_config.stages[0].tasks
     return replace(
         run_config,
@@ -190,40 +194,78 @@ def killed_while_saving(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", ["needles", "text"])
-@pytest.mark.parametrize("kill", [partial(killed_after, 5), partial(killed_while_saving, 6)])
 def test_a_killed_run_goes_on_bit_for_bit(
-    kind: str,
-    kill: Callable[[pytest.MonkeyPatch], None],
-    haystack: Corpus,
-    request: pytest.FixtureRequest,
+    kind: str, haystack: Corpus, request: pytest.FixtureRequest
 ) -> None:
     config = request.getfixturevalue(kind)
-    whole, killed = in_parts(config, "whole", 2), in_parts(config, "killed", 2)
+    whole = in_parts(config, "whole", 2)
     assert run_in(whole, 1, haystack) == [0]
-    with pytest.MonkeyPatch.context() as patch:
-        kill(patch)
-        assert run_in(killed, 1, haystack) == [-signal.SIGKILL]
-    newest = latest_checkpoint(Path(killed.output_dir))
-    assert newest is not None
-    assert newest.name == "checkpoint-3"
-    assert run_in(killed, 1, haystack, resume=True) == [0]
-    assert_same_run(whole, killed)
+    for name, kill in {
+        "step": partial(killed_after, 5),
+        "saving": partial(killed_while_saving, 6),
+    }.items():
+        killed = in_parts(config, name, 2)
+        with pytest.MonkeyPatch.context() as patch:
+            kill(patch)
+            assert run_in(killed, 1, haystack) == [-signal.SIGKILL]
+        newest = latest_checkpoint(Path(killed.output_dir))
+        assert newest is not None
+        assert newest.name == "checkpoint-3"
+        assert run_in(killed, 1, haystack, resume=True) == [0]
+        assert_same_run(whole, killed)
 
 
-@pytest.mark.parametrize("first", [1, 2])
 def test_a_killed_run_goes_on_in_another_number_of_processes(
-    first: int, needles: RunConfig, haystack: Corpus
+    needles: RunConfig, haystack: Corpus
 ) -> None:
-    whole, killed = in_parts(needles, "whole", 2), in_parts(needles, "killed", 3 - first)
+    whole = in_parts(needles, "whole", 2)
     assert run_in(whole, 1, haystack) == [0]
+    for first, then in ((1, 2), (2, 1)):
+        # As many parts before as after, so that the noise is the same.
+        killed = in_parts(needles, f"from{first}", then)
+        with pytest.MonkeyPatch.context() as patch:
+            killed_after(5, patch)
+            # What is not killed first finds that it is alone.
+            assert set(run_in(killed, first, haystack)) <= {-signal.SIGKILL, 1}
+        assert (Path(killed.output_dir) / "checkpoint-3" / PROGRESS_FILE).is_file()
+        other = in_parts(needles, f"from{first}", first)
+        assert run_in(other, then, haystack, resume=True) == [0] * then
+        assert_same_run(whole, other)
+
+
+def as_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate shards on GPUs only: let it take the processes for such."""
+    start = PartialState.__init__
+
+    def start_on_gpus(state: PartialState, *args: Any, **kwargs: Any) -> None:
+        start(state, *args, **kwargs)
+        state.distributed_type = DistributedType.MULTI_GPU
+
+    monkeypatch.setattr(PartialState, "__init__", start_on_gpus)
+    monkeypatch.setattr(run, "_check_processes", lambda *_: None)
+
+
+def test_a_sharded_run_is_killed_and_goes_on_as_a_whole_one(
+    needles: RunConfig, haystack: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tied = replace(
+        needles,
+        model={**needles.model, "tie_word_embeddings": True},
+        training=replace(needles.training, evaluate_every=3),
+    )
+    whole = in_parts(tied, "whole", 2)
+    sharded = in_parts(tied, "sharded", 1, sharding="fsdp", gradient_checkpointing=True)
+    assert run_in(whole, 1, haystack) == [0]
+    as_on_gpus(monkeypatch)
     with pytest.MonkeyPatch.context() as patch:
         killed_after(5, patch)
-        assert set(run_in(killed, first, haystack)) <= {-signal.SIGKILL, 1}
-    assert (Path(killed.output_dir) / "checkpoint-3" / PROGRESS_FILE).is_file()
-    # As many parts as before, so that the noise is the same.
-    other = in_parts(killed, "killed", first)
-    assert run_in(other, 3 - first, haystack, resume=True) == [0] * (3 - first)
-    assert_same_run(whole, other)
+        assert set(run_in(sharded, 2, haystack)) <= {-signal.SIGKILL, 1}
+    # Both processes have written their part of it.
+    shards = Path(sharded.output_dir).glob("checkpoint-3/pytorch_model_fsdp_0/*.distcp")
+    assert len(list(shards)) == 2
+    assert run_in(sharded, 2, haystack, resume=True) == [0, 0]
+    assert_close_run(sharded, whole)
+    assert weights(sharded).keys() == weights(whole).keys()
 
 
 def test_parts_carry_their_numbers_for_the_host(needles: RunConfig) -> None:

@@ -39,21 +39,21 @@ def test_operations_of_a_llama() -> None:
 
 
 def drt(**changes: Any) -> DRTForCausalLM:
-    given = dict(
-        vocab_size=VOCAB,
-        hidden_size=E,
-        intermediate_size=INNER,
-        num_hidden_layers=5,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        head_dim=WIDTH,
-        num_encoder_layers=2,
-        retrieval_groups=[1, 2],
-        retrieval_topk=3,
-        chunk_size=8,
-        sliding_window=16,
-        landmark_size=None,
-    )
+    given = {
+        "vocab_size": VOCAB,
+        "hidden_size": E,
+        "intermediate_size": INNER,
+        "num_hidden_layers": 5,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS,
+        "head_dim": WIDTH,
+        "num_encoder_layers": 2,
+        "retrieval_groups": [1, 2],
+        "retrieval_topk": 3,
+        "chunk_size": 8,
+        "sliding_window": 16,
+        "landmark_size": None,
+    }
     return DRTForCausalLM(tiny_config(**{**given, **changes}))
 
 
@@ -84,13 +84,13 @@ def test_what_saves_memory_is_not_counted() -> None:
 
 
 def meter(**changes: Any) -> SpeedMeter:
-    given: dict[str, Any] = dict(
-        tokens_per_step=200,
-        num_devices=2,
-        device=torch.device("cpu"),
-        flops_of_row=lambda length: length * 10**9,
-        peak=4.0,
-    )
+    given: dict[str, Any] = {
+        "tokens_per_step": 200,
+        "num_devices": 2,
+        "device": torch.device("cpu"),
+        "flops_of_row": lambda length: length * 10**9,
+        "peak": 4.0,
+    }
     return SpeedMeter(**{**given, **changes})
 
 

@@ -13,6 +13,7 @@ from drt.data import Corpus
 from drt.data.prepared import TokenRows
 from drt.evaluation.needles import evaluate_needles
 from drt.loss import IGNORED
+from drt.modeling import DRTForCausalLM
 from drt.precision import autocast
 from drt.run_config import RunConfig
 from drt.training.trainer import RunTrainer
@@ -34,8 +35,8 @@ class NeedleEvaluation(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Let a model in shards gather its own parameters where a text is read, as in forward."""
-        model: Any = self.trainer.model
-        if isinstance(model, FSDPModule) and hasattr(model, "read"):
+        model = self.trainer.model
+        if isinstance(model, FSDPModule) and isinstance(model, DRTForCausalLM):
             register_fsdp_forward_method(model, "read")
 
     def on_step_end(

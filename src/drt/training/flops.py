@@ -47,7 +47,6 @@ def _count(model: torch.nn.Module, ids: torch.Tensor) -> int:
     # Outside of the mode, plans that the host makes keep their numbers.
     counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
     with torch.random.fork_rng(devices=[]), counter:
-        # Labels of -100 only would do as well: nobody reads the loss.
         loss = model(input_ids=ids, labels=ids).loss
         torch.autograd.grad(loss, trained, allow_unused=True)
     return counter.get_total_flops()

@@ -146,7 +146,11 @@ class RunTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
         elif not _internal_call:
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-            self._save(output_dir, state_dict=get_model_state_dict(self.model, options=options))
+            model: Any = self.model
+            state = get_model_state_dict(model, options=options)
+            for name in _second_names(model):
+                state.pop(name, None)
+            self._save(output_dir, state_dict=state)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self.speed.pause():
@@ -174,3 +178,10 @@ class RunTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         # Item i is part i: the order is the data.
         return SequentialSampler(train_dataset or self.train_dataset)  # type: ignore[arg-type]
+
+
+def _second_names(model: Any) -> list[str]:
+    """Names of parameters that are other parameters: a head that is tied to the embeddings."""
+    first = {name for name, _ in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return [name for name, _ in every if name not in first]
