@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -18,14 +20,14 @@ from transformers import TrainerCallback
 
 from drt.data import Corpus, byte_tokenizer, load_corpus
 from drt.data.prepared import CorpusConfig, find_sources, prepare
-from drt.training import RunConfig, Stage, TextData, curriculum, run, speed, train
+from drt.training import RunConfig, Stage, TextData, curriculum, run, save_config, speed, train
 from drt.training.batches import StepParts
 from drt.training.callbacks import PROGRESS_FILE, latest_checkpoint
 from drt.training.trainer import RunTrainer
 
 from .processes import run_processes
 
-TIMED = {"seconds", "tokens_per_second"}
+TIMED = {"seconds", "tokens_per_second", "tflops"}
 
 
 @pytest.fixture(scope="module")
@@ -266,6 +268,25 @@ def test_a_sharded_run_is_killed_and_goes_on_as_a_whole_one(
     assert run_in(sharded, 2, haystack, resume=True) == [0, 0]
     assert_close_run(sharded, whole)
     assert weights(sharded).keys() == weights(whole).keys()
+
+
+@pytest.mark.slow
+def test_torchrun_trains_and_says_what_is_wrong(needles: RunConfig, tmp_path: Path) -> None:
+    config = replace(needles, training=replace(needles.training, num_steps=2))
+    save_config(config, tmp_path / "config.yaml")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["-m", "drt.cli.main", "train", str(tmp_path / "config.yaml")]
+
+    def started() -> subprocess.CompletedProcess[str]:
+        given = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, env=given, capture_output=True, text=True, timeout=200)
+
+    done = started()
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in curve(config)] == [1, 2]
+    again = started()
+    assert again.returncode != 0
+    assert "holds an earlier run" in again.stderr
 
 
 def test_parts_carry_their_numbers_for_the_host(needles: RunConfig) -> None:

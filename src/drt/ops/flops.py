@@ -68,4 +68,4 @@ CPU_ATTENTION: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_on_cpu,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_on_cpu_backward,
 }
-"""`custom_mapping` of a counter; not registered, as PyTorch may have formulas of its own one day."""
+"""`custom_mapping` of a counter; not registered, as PyTorch may bring formulas of its own."""

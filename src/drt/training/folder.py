@@ -39,8 +39,8 @@ def check_folder(folder: Path, config: RunConfig, *, resume: bool, overwrite: bo
 def check_same_run(folder: Path, config: RunConfig) -> None:
     """Refuse to go on with a run that was trained with another configuration.
 
-    What it is asked afterwards, its `evaluation`, may differ, and so may the number of micro-batches:
-    on another number of processes, it keeps the number of parts that a step has.
+    What it is asked afterwards, its `evaluation`, may differ. So may its micro-batches, with which
+    another number of processes makes as many parts of a step.
     """
     file = folder / CONFIG_FILE
     found = load_config(file)

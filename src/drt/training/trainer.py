@@ -152,9 +152,9 @@ class RunTrainer(Trainer):
                 state.pop(name, None)
             self._save(output_dir, state_dict=state)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self.speed.pause():
-            super()._save_checkpoint(model, trial)
+            super()._save_checkpoint(*args, **kwargs)
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """Matrices are decayed; norms, biases and vectors are not."""
