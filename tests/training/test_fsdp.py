@@ -131,7 +131,7 @@ def test_reading_works_in_shards(tmp_path: Path) -> None:
         assert torch.equal(torch.load(tmp_path / f"{rank}.pt"), read(make_model()))
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_a_checkpoint_of_two_processes_goes_on_in_two_and_in_one(name: str, tmp_path: Path) -> None:
     saved = tmp_path / "saved"
 

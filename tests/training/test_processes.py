@@ -195,7 +195,7 @@ def killed_while_saving(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RunTrainer, "_save_optimizer_and_scheduler", kill_or_save)
 
 
-@pytest.mark.parametrize("kind", ["needles", "text"])
+@pytest.mark.parametrize("kind", ["needles", pytest.param("text", marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_bit_for_bit(
     kind: str, haystack: Corpus, request: pytest.FixtureRequest
 ) -> None:
@@ -247,6 +247,7 @@ def as_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "_check_processes", lambda *_: None)
 
 
+@pytest.mark.slow
 def test_a_sharded_run_is_killed_and_goes_on_as_a_whole_one(
     needles: RunConfig, haystack: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
