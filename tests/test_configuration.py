@@ -34,6 +34,7 @@ def test_layers_are_counted_from_groups() -> None:
         ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
         ({"sliding_window": -3}, "sliding_window must be at least 1, got -3"),
         ({"retrieval_noise": -1.0}, r"retrieval_noise must not be negative, got -1\.0"),
+        ({"num_encoder_layers": -1}, "num_encoder_layers must not be negative, got -1"),
         ({"retrieval_groups": [0]}, r"at least 1 layer, got \[0\]"),
         ({"retrieval_groups": [3, 2]}, "hold 5 layers, the model has num_hidden_layers = 4"),
         ({"num_attention_heads": 5, "num_key_value_heads": 5}, "32 is not a multiple of"),

@@ -16,7 +16,7 @@ from transformers import (
     set_seed,
 )
 
-import drt.baselines  # noqa: F401  (registers the baselines)
+from drt.baselines import AblationForCausalLM
 from drt.configuration import DRTConfig
 
 DEFAULT_TYPE = DRTConfig.model_type
@@ -63,6 +63,12 @@ def make_config(
             f"model.vocab_size {size} is smaller than the tokenizer's {len(tokenizer)} entries"
         )
     return config
+
+
+def attach_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a model whose retriever reads text the tokenizer that spells it; others need none."""
+    if isinstance(model, AblationForCausalLM):
+        model.attach_retriever(tokenizer)
 
 
 def make_model(

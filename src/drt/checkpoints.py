@@ -58,12 +58,12 @@ def load_checkpoint(name: str | Path) -> Checkpoint:
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
-    import drt.architectures  # noqa: F401  (registers what may be loaded)
+    from drt.architectures import attach_tokenizer
     from drt.data import load_tokenizer
     from drt.run_config import CONFIG_FILE, load_config
 
     disable_progress_bar()
-    found = Path(name) if _is_hub_name(str(name)) else find_model(Path(name))
+    found = Path(name) if is_hub_name(str(name)) else find_model(Path(name))
     run = found / CONFIG_FILE
     precision = load_config(run).precision if run.is_file() else "float32"
     tokenizer: Any = load_tokenizer(str(found))
@@ -76,11 +76,12 @@ def load_checkpoint(name: str | Path) -> Checkpoint:
             f"the tokenizer in {found} has {len(tokenizer)} entries, its model "
             f"{model.config.vocab_size}"
         )
+    attach_tokenizer(model, tokenizer)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Checkpoint(found, model.to(device), tokenizer, precision)
 
 
-def _is_hub_name(name: str) -> bool:
+def is_hub_name(name: str) -> bool:
     """Whether a name can only be one of the hub's: a folder that is misspelt is not looked for."""
     path = Path(name)
     return len(path.parts) == 2 and not path.is_absolute() and not path.parent.exists()

@@ -91,7 +91,7 @@ class DRTConfig(PreTrainedConfig):
     softmax_plus_one: bool = True
     """Whether attention inside a retrieved chunk has an implicit key of score and value zero."""
     num_encoder_layers: int = 2
-    """Bidirectional layers of the chunk encoder."""
+    """Bidirectional layers of the chunk encoder; 0 = what the lower layers gave is only normed."""
     loss_chunk_size: int | None = None
     """Tokens, of all rows together, whose logits are held at once in training; a training forward
     with labels then returns no logits. None = all, and they are returned."""
@@ -130,8 +130,9 @@ class DRTConfig(PreTrainedConfig):
         for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.retrieval_noise < 0:
-            raise ValueError(f"retrieval_noise must not be negative, got {self.retrieval_noise}")
+        for name in ("retrieval_noise", "num_encoder_layers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.early_close_rate <= self.chunk_size:
             raise ValueError(
                 f"early_close_rate must be from 0 to chunk_size = {self.chunk_size}, "
@@ -172,7 +173,7 @@ class DRTConfig(PreTrainedConfig):
 _POSITIVE = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window"),
-    *("chunk_size", "retrieval_topk", "num_encoder_layers"),
+    *("chunk_size", "retrieval_topk"),
 )
 
 
@@ -184,4 +185,4 @@ def _refuse_unknown(cls: type, kwargs: dict[str, Any]) -> None:
             continue
         near = get_close_matches(key, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown DRTConfig key {key!r}{hint}")
+        raise ValueError(f"unknown {cls.__name__} key {key!r}{hint}")

@@ -268,11 +268,17 @@ class DRTDecoderLayer(GradientCheckpointingLayer):
     ) -> Tensor:
         """(B, P, E) -> (B, P, E); without `chunks` nothing is retrieved and o = 0."""
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotary, layout, cache)
-        mixed = hidden
-        if self.cross_attn is not None and chunks is not None:
-            blocks = layout.to_blocks(self.cross_attn_layernorm(hidden))
-            mixed = hidden + layout.from_blocks(self.cross_attn(blocks, chunks))
+        mixed = self.with_retrieved(hidden, layout, chunks)
         return hidden + self.mlp(self.post_attention_layernorm(mixed))
+
+    def with_retrieved(
+        self, hidden: Tensor, layout: SegmentLayout, chunks: RetrievedChunks | None
+    ) -> Tensor:
+        """a + o: (B, P, E) -> (B, P, E)."""
+        if self.cross_attn is None or chunks is None:
+            return hidden
+        blocks = layout.to_blocks(self.cross_attn_layernorm(hidden))
+        return hidden + layout.from_blocks(self.cross_attn(blocks, chunks))
 
 
 class DRTEncoderLayer(GradientCheckpointingLayer):

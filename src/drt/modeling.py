@@ -6,12 +6,11 @@ docs/method.md for the equations and for each deviation from arXiv 2410.01651.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
@@ -19,7 +18,7 @@ from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
-from drt.arguments import check_labels, check_state, loss_kwargs, make_marks, move_right
+from drt.arguments import check_labels, check_state, loss_kwargs, make_marks
 from drt.block_retrieval import chunks_of_blocks
 from drt.chunking import ChunkRules, Cursor, Marks, SegmentLayout, plan_segment
 from drt.configuration import DRTConfig
@@ -28,6 +27,7 @@ from drt.layers import (
     ChunkEncoder,
     DRTDecoderLayer,
     DRTRMSNorm,
+    EncodedChunks,
     LandmarkProjection,
     Rotary,
     landmark_projection,
@@ -35,6 +35,7 @@ from drt.layers import (
 )
 from drt.loss import LanguageModelHead, losses_of_head, mean_loss, next_tokens
 from drt.memory import ChunkMemory, TrainingMemory
+from drt.reading_ahead import DRTReading
 from drt.retrieval import Retrieval
 from drt.saved_state import load_state, model_fingerprint, save_state
 from drt.state import DRTState
@@ -87,12 +88,14 @@ class DRTPreTrainedModel(PreTrainedModel):
 class DRTModel(DRTPreTrainedModel):
     """Lower layers, chunk encoder, and retrieval groups of upper layers."""
 
+    _layer_class = DRTDecoderLayer
+
     def __init__(self, config: DRTConfig) -> None:
         super().__init__(config)
         lower = config.num_lower_layers
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            DRTDecoderLayer(config, upper=number >= lower)
+            self._layer_class(config, upper=number >= lower)
             for number in range(config.num_hidden_layers)
         )
         self.norm = DRTRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -135,6 +138,7 @@ class DRTModel(DRTPreTrainedModel):
         embeddings: Tensor,
         state: DRTState | None = None,
         *,
+        input_ids: Tensor | None = None,
         marks: Marks | None = None,
         generator: torch.Generator | None = None,
         memory_only: bool = False,
@@ -144,6 +148,7 @@ class DRTModel(DRTPreTrainedModel):
         Args:
             embeddings: (B, T, E) content embeddings.
             state: what was read before; extended in place. None = the rows start here.
+            input_ids: (B, T) int64, what the embeddings are of, for retrievers that read text.
             marks: padding, chunk ends and documents among the T columns; None = none.
             generator: source of the Gumbel noise, used in training mode only.
             memory_only: stop below the upper layers. The memory is complete; what the upper
@@ -156,11 +161,12 @@ class DRTModel(DRTPreTrainedModel):
         layers = list(self.layers)
         for number in self.lower_layers:
             hidden = layers[number](hidden, rotary, layout, _window(state, number))
-        memory = self._remember(hidden, layout, state, generator)
+        closed = self._encode_closed(hidden, input_ids, layout, state)
+        memory = self._remember(closed, layout, state, generator)
         retrievals: list[Retrieval] = []
         if memory is not None and not memory_only:
             for group, numbers in enumerate(self.layers_of_groups):
-                retrieval = self._retrieve(group, hidden, layout, memory)
+                retrieval = self._retrieve(group, hidden, closed, layout, memory)
                 chunks = chunks_of_blocks(group, retrieval, layout, memory, state)
                 for number in numbers:
                     window = _window(state, number)
@@ -187,35 +193,60 @@ class DRTModel(DRTPreTrainedModel):
         count = layout.num_positions
         return rotary_factors(first, count, config=self.config, device=hidden.device)
 
-    def _remember(
+    def _encode_closed(
         self,
         hidden: Tensor,
+        input_ids: Tensor | None,
+        layout: SegmentLayout,
+        state: DRTState | None,
+    ) -> EncodedChunks | None:
+        """Encode the chunks that this segment closes; None = it closes none."""
+        if self.chunk_encoder is None:
+            return None
+        if state is None:
+            closed, _ = layout.split_chunks(hidden, hidden[:, :0])
+        else:
+            closed = state.extend_opened(hidden, layout)
+        if not layout.num_closed:
+            return None
+        lengths = layout.chunk_lengths
+        on_device = None if lengths is None else lengths.to(hidden.device, non_blocking=True)
+        return self.chunk_encoder(closed, on_device)
+
+    def _remember(
+        self,
+        closed: EncodedChunks | None,
         layout: SegmentLayout,
         state: DRTState | None,
         generator: torch.Generator | None,
     ) -> ChunkMemory | None:
-        """Encode the chunks that this segment closes and append them to the memory."""
+        """The memory, with the chunks that this segment closes appended."""
         if self.chunk_encoder is None:
             return None
         if state is None:
-            noise = self.config.retrieval_noise if self.training else 0.0
-            memory = TrainingMemory(noise=noise, generator=generator)
-            closed, _ = layout.split_chunks(hidden, hidden[:, :0])
+            memory = TrainingMemory(noise=self._noise, generator=generator)
         else:
-            memory, closed = state.memory, state.extend_opened(hidden, layout)
-        if layout.num_closed:
-            lengths = layout.chunk_lengths
-            on_device = None if lengths is None else lengths.to(hidden.device, non_blocking=True)
-            chunks = self.chunk_encoder(closed, on_device)
-            memory.append(chunks.landmarks, chunks.keys, chunks.values, lengths)
+            memory = state.memory
+        if closed is not None:
+            memory.append(*closed, layout.chunk_lengths)
         return memory
 
+    @property
+    def _noise(self) -> float:
+        """Scale of the Gumbel noise on the scores that choose chunks."""
+        return self.config.retrieval_noise if self.training else 0.0
+
     def _retrieve(
-        self, group: int, hidden: Tensor, layout: SegmentLayout, memory: ChunkMemory
+        self,
+        group: int,
+        hidden: Tensor,
+        closed: EncodedChunks | None,
+        layout: SegmentLayout,
+        memory: ChunkMemory,
     ) -> Retrieval:
         """What each landmark of the segment retrieves for one group."""
         topk = self.retrieval_topk
-        if layout.num_closed == 0:
+        if closed is None:
             scores = hidden.new_zeros(hidden.shape[0], 0, topk, dtype=torch.float32)
             return Retrieval(scores.long(), scores, scores)
         queries = self.query_norms[group](layout.take_landmarks(hidden))
@@ -232,16 +263,17 @@ def _layers_of_groups(config: DRTConfig) -> list[range]:
     return groups
 
 
-class DRTForCausalLM(DRTPreTrainedModel, DRTGeneration, GenerationMixin):
+class DRTForCausalLM(DRTPreTrainedModel, DRTReading, DRTGeneration, GenerationMixin):
     """The Differentiable Retrieval-based Transformer with a language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     # The Trainer then hands `num_items_in_batch` to the loss.
     accepts_loss_kwargs = True
+    _model_class = DRTModel
 
     def __init__(self, config: DRTConfig) -> None:
         super().__init__(config)
-        self.model = DRTModel(config)
+        self.model = self._model_class(config)
         self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size)
         self.post_init()
 
@@ -378,7 +410,7 @@ class DRTForCausalLM(DRTPreTrainedModel, DRTGeneration, GenerationMixin):
         embeddings = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if self.training and state is None and self._closes_early:
             marks = self._close_some_early(marks, embeddings, generator)
-        out = self.model(embeddings, state, marks=marks, generator=generator)
+        out = self.model(embeddings, state, input_ids=input_ids, marks=marks, generator=generator)
         hidden = self._predictions(out, logits_to_keep)
         if labels is None:
             loss, losses, logits = None, None, self.lm_head(hidden)
@@ -415,83 +447,6 @@ class DRTForCausalLM(DRTPreTrainedModel, DRTGeneration, GenerationMixin):
             ends |= marks.chunk_ends
         return marks._replace(chunk_ends=ends)
 
-    @torch.no_grad()
-    def read(
-        self,
-        input_ids: Tensor,
-        state: DRTState,
-        *,
-        attention_mask: Tensor | None = None,
-        chunk_ends: Tensor | None = None,
-        segment_size: int = 4096,
-        complete: bool = True,
-    ) -> None:
-        """Read a text of any length into a state, in segments, without logits.
-
-        Layers whose work no later token can see are left out. Only the lower layers and the chunk
-        encoder write to the memory, so the upper layers run over just the tail of the text; a
-        model without retrieval groups reads nothing but its tail. The state is exact to rounding.
-
-        Args:
-            input_ids: (B, T) int64 content tokens.
-            state: the state to extend.
-            attention_mask: (B, T), 0 = padding, anywhere; None = no padding.
-            chunk_ends: (B, T) bool, where chunks close although they are not full.
-            segment_size: tokens of one forward; bounds the working memory.
-            complete: False leaves out the upper layers altogether: right when more text follows,
-                at least `reach` tokens in the read that completes the state.
-        """
-        if segment_size < 1:
-            raise ValueError(f"segment_size must be at least 1, got {segment_size}")
-        check_state(state, input_ids)
-        marks = make_marks(input_ids, attention_mask, chunk_ends, None)
-        state.note_ids(input_ids)
-        if marks.content is not None:
-            input_ids, marks = move_right(input_ids, marks)
-        content, length = marks.content, input_ids.shape[1]
-        tail = max(length - self.reach, 0) if complete else length
-        if complete and tail and self._some_row_goes_on(content, state):
-            tail = 0
-        first = 0
-        if tail and self.config.retrieval_groups:
-            state.forget_layers(self.config.num_lower_layers)
-        elif tail:
-            state.skip(content[:, :tail].sum(-1).tolist() if content is not None else tail)
-            first = tail
-        for begin, end in _segments(first, length, tail, segment_size):
-            part = Marks(*(mark if mark is None else mark[:, begin:end] for mark in marks))
-            embeddings = self.model.embed_tokens(input_ids[:, begin:end])
-            self.model(embeddings, state, marks=part, memory_only=end <= tail)
-
-    def _some_row_goes_on(self, content: np.ndarray | None, state: DRTState) -> bool:
-        """Whether a row gets too few tokens to see none of those that it read before."""
-        if content is None:
-            return False
-        counts = content.sum(-1).tolist()
-        return any(
-            before and count < self.reach
-            for before, count in zip(state.num_tokens, counts, strict=True)
-        )
-
-    @property
-    def reach(self) -> int:
-        """Tokens before a position that the layers above the memory can see from it."""
-        config = self.config
-        groups = len(config.retrieval_groups)
-        layers = config.num_upper_layers if groups else config.num_hidden_layers
-        # A layer looks back W - 1 positions; a retrieval is a chunk old at most when it is used.
-        retrievals = (groups + 1) * (config.chunk_size + 1) if groups else 0
-        return layers * (config.sliding_window - 1) + retrievals
-
 
 def _window(state: DRTState | None, number: int) -> Any:
     return None if state is None else state.windows[number]
-
-
-def _segments(begin: int, length: int, tail: int, size: int) -> Iterator[tuple[int, int]]:
-    """Segments of at most `size` tokens from `begin` to `length`, cut once more at `tail`."""
-    while begin < length:
-        limit = tail if begin < tail else length
-        end = min(begin + size, limit)
-        yield begin, end
-        begin = end

@@ -13,6 +13,7 @@ import yaml
 from drt.configuration import DRTConfig
 from drt.data import NeedleTask
 from drt.data.prepared.rows import Documents
+from drt.data.summaries import SummaryData
 from drt.precision import Precision
 
 CONFIG_FILE = "run.yaml"
@@ -154,6 +155,8 @@ class RunConfig:
     """Training on needle rows: the curriculum, short rows first."""
     text: TextData | None = None
     """Training on text."""
+    summaries: SummaryData | None = None
+    """Training on documents and their summaries."""
     initial: str | None = None
     """A run or saved model to begin with, of which `model` changes fields; None = random weights
     from the seed."""
@@ -170,11 +173,11 @@ class RunConfig:
     """Of matrix products in training and evaluation; auto = bfloat16 where it is native."""
 
     def __post_init__(self) -> None:
-        kinds = {"stages": self.stages, "text": self.text}
+        kinds = {"stages": self.stages, "text": self.text, "summaries": self.summaries}
         given = [name for name, value in kinds.items() if value]
         if len(given) != 1:
             raise ValueError(
-                "a run trains on exactly one of stages (needles) and text, "
+                "a run trains on exactly one of stages (needles), text and summaries, "
                 f"got {' and '.join(given) or 'none'}"
             )
         # Only in needle rows does anything stand at the borders of chunks.
@@ -191,6 +194,8 @@ class RunConfig:
         """Tokens of the rows of each stage."""
         if self.text is not None:
             return [self.text.length]
+        if self.summaries is not None:
+            return [self.summaries.length]
         return [stage.length for stage in self.stages]
 
     @property

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from drt.state import CurrentRetrieval, DRTState
 STATE_FILE, MANIFEST_FILE = "state.safetensors", "manifest.json"
 FORMAT, VERSION = "drt-state", 1
 
-# Fields of a configuration that no weight shows, and without which a state means something else.
+# Fields of a configuration that no weight shows, and without which a state means something else;
+# of a configuration that extends `DRTConfig`, all that it adds.
 _MEANING = (
     *("chunk_size", "sliding_window", "retrieval_groups", "retrieval_topk", "retrieval_onset"),
     *("exclude_window_chunks", "position_embedding", "rope_theta", "softmax_plus_one"),
@@ -39,8 +41,10 @@ _MEANING = (
 def model_fingerprint(model: nn.Module) -> str:
     """A hash of the model's weights, and of what its configuration has them do: 32 digits."""
     digest = hashlib.blake2b(digest_size=16)
-    for name in _MEANING:
-        digest.update(f"{name} {getattr(model.config, name)}".encode())
+    config: Any = model.config
+    added = {field.name for field in fields(config)} - {field.name for field in fields(DRTConfig)}
+    for name in (*_MEANING, *sorted(added)):
+        digest.update(f"{name} {getattr(config, name)}".encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
@@ -108,7 +112,11 @@ def _check_maker(memory: DiskMemory, fingerprint: Mapping[str, str]) -> None:
 
 def _tensors(state: DRTState) -> dict[str, Tensor]:
     """What of a state is tensors; chunks that are retrieved stay in the memory."""
-    tensors: dict[str, Tensor | None] = {"opened": state.opened, "recent_ids": state.recent_ids}
+    tensors: dict[str, Tensor | None] = {
+        "opened": state.opened,
+        "opened_ids": state.opened_ids,
+        "recent_ids": state.recent_ids,
+    }
     for number, window in enumerate(state.windows):
         tensors[f"windows.{number}.keys"] = window.keys
         tensors[f"windows.{number}.values"] = window.values
@@ -170,6 +178,7 @@ def load_state(
     state.num_columns = header["num_columns"]
     state.recent_ids = tensors.get("recent_ids")
     state.opened = tensors.get("opened")
+    state.opened_ids = tensors.get("opened_ids")
     for number, window in enumerate(state.windows):
         window.keys = tensors.get(f"windows.{number}.keys")
         window.values = tensors.get(f"windows.{number}.values")

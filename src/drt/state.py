@@ -163,6 +163,8 @@ class DRTState(Cache):
         """Where each row stands."""
         self._windows = [WindowCache() for _ in range(config.num_hidden_layers)]
         self._opened: Tensor | None = None
+        self.opened_ids: Tensor | None = None
+        """(B, n) int64 ids of the open chunks, as `opened`, where a retriever reads text."""
         self.current: list[CurrentRetrieval | None] = [None] * len(config.retrieval_groups)
         """Per group, the chunks that the open block attends to."""
         self.memory: ChunkMemory = DeviceMemory() if memory is None else memory
@@ -199,6 +201,13 @@ class DRTState(Cache):
         # A copy where it is a part of something larger.
         self.opened = opened.detach().clone() if layout.num_closed else opened.detach()
         return closed
+
+    def extend_opened_ids(self, ids: Tensor, layout: SegmentLayout) -> Tensor:
+        """Append the (B, P) ids of all positions; return the closed chunks', (B, C, S + 1)."""
+        before = ids[:, :0] if self.opened_ids is None else self.opened_ids
+        closed, opened = layout.split_chunks(ids[..., None], before[..., None])
+        self.opened_ids = opened[..., 0].clone()
+        return closed[..., 0]
 
     def next_positions(self, layout: SegmentLayout) -> list[int] | Tensor:
         """Position of each row's first one in the segment: B numbers, or (B,) on the device."""
@@ -327,9 +336,11 @@ class DRTState(Cache):
         for window in self.windows:
             window.select_rows(beam_idx, rows)
         self.cursors = [self.cursors[row] for row in rows]
+        width = max(cursor.opened for cursor in self.cursors)
         if self.opened is not None:
-            width = max(cursor.opened for cursor in self.cursors)
             self.opened = self.opened[beam_idx, self.opened.shape[1] - width :]
+        if self.opened_ids is not None:
+            self.opened_ids = self.opened_ids[beam_idx, self.opened_ids.shape[1] - width :]
         self.current = [held and held.select_rows(beam_idx) for held in self.current]
         if self.recent_ids is not None:
             self.recent_ids = self.recent_ids[beam_idx]

@@ -225,6 +225,13 @@ class StepState(DRTState):
         self._opened.copy_(torch.where(is_active, moved, self._opened))
         return closed
 
+    def extend_opened_ids(self, ids: Tensor, layout: SegmentLayout) -> Tensor:
+        """Refused: the steps keep no ids."""
+        raise ValueError(
+            "a decoding graph does not keep the ids that a retriever of text reads: "
+            "decode without one"
+        )
+
     def next_positions(self, layout: SegmentLayout) -> Tensor:
         """(B,) int64, on the device."""
         return self.counts.positions

@@ -52,9 +52,12 @@ def test_train_then_eval(config: Path, tmp_path: Path, capsys: Any) -> None:
         assert f"{task}  " in capsys.readouterr().out
     assert main([*arguments, "--json", str(scores)]) == 0
     assert "exact match" in capsys.readouterr().out
-    record = json.loads(scores.read_text())
-    assert [row["length"] for row in record["single"]] == [256]
-    assert record["single"][0]["n"] == record["multi"][0]["n"] == 2
+    record = json.loads(scores.read_text())["models"]["run"]
+    for task in ("single", "multi"):
+        (row,) = record[task]["scores"]
+        assert (row["length"], row["n"]) == (256, 2)
+        # As in the run's own evaluation.
+        assert record[task]["settings"]["task"]["num_digits"] == 2
 
 
 def test_bfloat16_from_training_to_evaluation(config: Path, tmp_path: Path, capsys: Any) -> None:

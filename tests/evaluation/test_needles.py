@@ -21,7 +21,8 @@ from drt.evaluation.needles import (
     temporary_memory,
     tokens_needed,
 )
-from drt.evaluation.reading import CachedReading, DRTReading
+from drt.evaluation.reading import Answer, CachedReading, DRTReading
+from drt.retrieval import Retrieval
 from drt.testing import tiny_config
 
 
@@ -66,6 +67,30 @@ def test_an_answer_is_the_greedy_continuation(model: DRTForCausalLM, corpus: Cor
         found = [set(r.indices.flatten().tolist()) for r in answer.retrievals]
         assert answer.recalled == any(set(question.needle_chunks) <= chunks for chunks in found)
     assert (reading.num_tokens, reading.state.num_tokens, len(reading.state.memory)) == before
+
+
+@pytest.mark.parametrize(
+    ("groups", "recalled"),
+    [([[3, 4], [9, 1]], True), ([[3, 9], [4, 1]], False), ([[3, 4], [0, 1]], False)],
+)
+def test_the_facts_of_a_chain_may_be_found_by_different_groups(
+    groups: list[list[int]], recalled: bool
+) -> None:
+    task = NeedleTask(kind="hops", num_digits=3, symbols="digits")
+    example = task.evaluation_example(
+        load_corpus(None, byte_tokenizer()), seed=1, index=0, length=256, chunk_size=16
+    )
+    question = example.questions[0]._replace(fact_chunks=((3, 4), (9,)), needle_chunks=(3, 4, 9))
+
+    class Found:
+        """Answers nothing right, and retrieved these chunks."""
+
+        def answer(self, question_ids: torch.Tensor, num_tokens: int) -> Answer:
+            empty = torch.zeros(1, 1, 2)
+            retrievals = tuple(Retrieval(torch.tensor([[g]]), empty, empty) for g in groups)
+            return Answer([0] * num_tokens, retrievals)
+
+    assert ask(Found(), question).recalled is recalled  # type: ignore[arg-type]
 
 
 def test_a_right_answer_scores(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:

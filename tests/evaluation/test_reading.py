@@ -20,6 +20,12 @@ from transformers import (
 )
 
 from drt import DRTForCausalLM
+from drt.baselines import (
+    BlockRecurrentConfig,
+    BlockRecurrentForCausalLM,
+    LandmarkAttentionConfig,
+    LandmarkAttentionForCausalLM,
+)
 from drt.evaluation.reading import position_limit, start_reading
 from drt.memory import ChunkMemory, HostMemory
 from drt.testing import assert_within_budget, tiny_config
@@ -60,6 +66,12 @@ MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA_SHAPE)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**LLAMA_SHAPE, sliding_window=24)),
     "gpt2": gpt2,
+    "landmark attention": lambda: LandmarkAttentionForCausalLM(
+        LandmarkAttentionConfig(**LLAMA_SHAPE, sliding_window=24, chunk_size=16)
+    ),
+    "block recurrent": lambda: BlockRecurrentForCausalLM(
+        BlockRecurrentConfig(**LLAMA_SHAPE, sliding_window=24, num_state_vectors=8)
+    ),
 }
 
 
@@ -240,8 +252,10 @@ def test_rotary_positions_go_on_if_asked() -> None:
     assert_losses(losses[1:], model, ids)
 
 
-def test_a_drt_has_no_limit() -> None:
-    model = DRTForCausalLM(tiny_config(max_position_embeddings=16)).eval()
+@pytest.mark.parametrize("name", ["drt", "landmark attention", "block recurrent"])
+def test_models_of_drt_have_no_limit(name: str) -> None:
+    model = MODELS[name]().eval()
+    model.config.max_position_embeddings = 16
     assert position_limit(model) is None
     start_reading(model).read(some_ids(40))
 

@@ -90,9 +90,9 @@ def _by_name(checkpoints: list[str]) -> dict[str, str]:
 
 def _source(checkpoint: str) -> Path | str:
     """The folder with config.json, or the name on the hub."""
-    from drt.checkpoints import _is_hub_name, find_model
+    from drt.checkpoints import find_model, is_hub_name
 
-    return checkpoint if _is_hub_name(checkpoint) else find_model(Path(checkpoint))
+    return checkpoint if is_hub_name(checkpoint) else find_model(Path(checkpoint))
 
 
 def _tasks(options: argparse.Namespace, sources: list[Path | str]) -> dict[str, Any]:

@@ -32,7 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--page-only", action="store_true", help="only write the page of what is there"
     )
     what.add_argument(
-        "--run", nargs=2, metavar=("ROW", "SEED"), help="only train and measure this run"
+        "--only",
+        nargs=2,
+        metavar=("ROW", "SEED"),
+        help="only train and measure this run, in this process",
     )
 
 
@@ -44,8 +47,8 @@ def run(options: argparse.Namespace) -> None:
     path = find_config(options.study, folder="studies")
     study = load_study(path, options.overrides)
     folder = options.output or Path("runs/studies") / path.stem
-    if options.run:
-        row, seed = options.run
+    if options.only:
+        row, seed = options.only
         if row not in study.rows or not seed.isdecimal():
             raise ValueError(f"no run {row!r} {seed!r}: rows are {', '.join(study.rows)}")
         run_job(study, Job(row, int(seed)), folder)
@@ -79,7 +82,7 @@ def _words(job: Any, folder: Path, options: argparse.Namespace) -> list[str]:
     """The command line of one run, for this Python."""
     return [
         *("-m", "drt.cli.main", "study", options.study, *options.overrides),
-        *("--output", str(folder), "--run", job.row, str(job.seed)),
+        *("--output", str(folder), "--only", job.row, str(job.seed)),
     ]
 
 

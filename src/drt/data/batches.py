@@ -1,19 +1,39 @@
-"""Batches of training rows from one needle task or several."""
+"""Batches of training rows from one task or several."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from drt.data.corpora import Corpus, Split
-from drt.data.needles import MIXTURE, NeedleTask, check_range, generator
+from drt.data.needle_rows import NeedleRow
+from drt.data.needles import MIXTURE, check_range, generator
 
-Mixture = Sequence[tuple[NeedleTask, float]]
+
+class RowTask(Protocol):
+    """What makes training rows: a `NeedleTask`, or `BabiStories`."""
+
+    def training_row(
+        self,
+        corpus: Corpus,
+        *,
+        seed: int,
+        index: int,
+        length: int,
+        chunk_size: int,
+        split: Split = "train",
+    ) -> NeedleRow:
+        """Return training row ``index``, a function of its arguments alone."""
+        ...
+
+
+Mixture = Sequence[tuple[RowTask, float]]
 """Tasks with weights; a row's task is drawn by weight."""
 
 
 def batch(
-    tasks: NeedleTask | Mixture,
+    tasks: RowTask | Mixture,
     corpus: Corpus,
     *,
     seed: int,
@@ -43,7 +63,7 @@ def batch(
         ValueError: no task, a weight that is not positive, a row that does not fit, or an argument
             out of range.
     """
-    mixture = [(tasks, 1.0)] if isinstance(tasks, NeedleTask) else list(tasks)
+    mixture = list(tasks) if isinstance(tasks, Sequence) else [(tasks, 1.0)]
     weights = np.array([weight for _, weight in mixture], dtype=np.float64)
     if not len(mixture) or not (np.isfinite(weights) & (weights > 0)).all():
         raise ValueError(

@@ -7,96 +7,83 @@ S) and its answer comes right after.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Literal, NamedTuple
+from functools import lru_cache, partial
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from drt.data.chains import (
+    HOPS,
+    MAX_LETTERS,
+    VARIABLES,
+    ChainEncoder,
+    SymbolKind,
+    Symbols,
+    check_chain_template,
+    draw_assignments,
+    draw_paths,
+)
 from drt.data.corpora import Corpus, Split
-from drt.data.needle_texts import MULTI, NAMES, SINGLE, Needle, NeedleEncoder, NeedleTemplate
+from drt.data.needle_rows import (
+    NeedleExample,
+    NeedleRow,
+    asked_needle,
+    needle_question,
+    write_facts,
+    write_question,
+)
+from drt.data.needle_texts import MULTI, NAMES, SINGLE, NeedleEncoder, NeedleTemplate
 from drt.data.placement import Sizes, context_length, move, place, question_ends
 
-Span = tuple[int, int]
-"""Start and end (exclusive) in content positions."""
+NeedleKind = Literal["single", "multi", "hops", "variables"]
+TEMPLATES: dict[str, NeedleTemplate] = {
+    "single": SINGLE,
+    "multi": MULTI,
+    "hops": HOPS,
+    "variables": VARIABLES,
+}
+MAX_HOPS = 16
 
 # Rows of both splits, examples and mixtures share no random numbers at equal seed and index.
 TRAINING, VALIDATION, EVALUATION, MIXTURE = range(4)
-
-
-class AskedNeedle(NamedTuple):
-    """Where a training row has a needle and a question for it."""
-
-    name: str
-    """The name asked for; empty for a single needle."""
-    needle_span: Span
-    """The needle's text."""
-    question_span: Span
-    """The question; its end is a multiple of the chunk size."""
-    answer_span: Span
-    """The answer; it starts where the question ends."""
-
-
-class NeedleRow(NamedTuple):
-    """A training row: haystack, needles, questions and answers."""
-
-    input_ids: np.ndarray
-    """Content tokens, int64, shape (length,)."""
-    answer_mask: np.ndarray
-    """True at the tokens of answers (not one before, where they are predicted), bool, (length,)."""
-    questions: tuple[AskedNeedle, ...]
-    """What is asked, in the order of the row."""
-
-
-class NeedleQuestion(NamedTuple):
-    """A question about the context of an evaluation example."""
-
-    input_ids: np.ndarray
-    """Haystack and then the question, whole chunks, int64, shape (num_tokens,)."""
-    answer_ids: np.ndarray
-    """The tokens that must follow, int64, shape (num_answer_tokens,)."""
-    name: str
-    """The name asked for; empty for a single needle."""
-    needle_span: Span
-    """The needle's text in the context."""
-    needle_chunks: tuple[int, ...]
-    """The chunks of the context that hold tokens of the value."""
-    depth: float
-    """Where the needle is: 0 at the start of the context, 1 at its end."""
-
-
-class NeedleExample(NamedTuple):
-    """A context with needles, and questions, each to be asked alone right after the context."""
-
-    context_ids: np.ndarray
-    """Content tokens, whole chunks, int64, shape (num_tokens,)."""
-    questions: tuple[NeedleQuestion, ...]
-    """The questions; all of one length, that of every example of its task and tokenizer."""
 
 
 @dataclass(frozen=True)
 class NeedleTask:
     """What is hidden and what is asked; every random choice follows from a seed and an index."""
 
-    kind: Literal["single", "multi"] = "single"
-    """``single``: one pass key without a name. ``multi``: keys with names."""
+    kind: NeedleKind = "single"
+    """``single``: one pass key without a name. ``multi``: keys with names. ``hops``: chains of
+    facts of which one name leads to the next, the path is asked. ``variables``: chains of variables
+    that have one number, all of them are asked for."""
     num_keys: int = 1
-    """Needles hidden in a row; 1 for ``single``."""
+    """Needles hidden in a row of kind ``multi``; 1 for the others."""
     num_questions: int = 1
-    """Questions of a row; every key is asked for before any is asked for again."""
+    """Questions of a row; everything is asked for before anything is asked for again."""
     num_digits: int = 5
-    """Decimal digits of a value; the first may be 0."""
+    """Decimal digits of a value (the first may be 0), or characters of a symbol of a chain."""
     num_names: int = len(NAMES)
     """How many of ``NAMES``, from the front, are in use; ``single`` uses none."""
     question_zone: float = 0.5
     """Share of a training row, at its end, over which the questions spread."""
     template: NeedleTemplate | None = None
-    """The texts; ``None`` for ``SINGLE`` or ``MULTI``, whichever the kind is."""
+    """The texts; ``None`` for those of the kind: ``SINGLE``, ``MULTI``, ``HOPS``, ``VARIABLES``."""
+    num_queries: int = 1
+    """Keys of kind ``multi`` that one question asks for, each time other ones; the answer has their
+    values in the order of the question."""
+    num_hops: int = 2
+    """Facts of a chain of ``hops``, and symbols of the answer; of ``variables``, copies of the
+    first variable, so that a chain has one fact and one variable more."""
+    num_chains: int = 4
+    """Chains hidden in a row of kind ``hops`` or ``variables``, the asked one among them."""
+    symbols: SymbolKind = "names"
+    """What the links of chains are: names, or random digits or letters."""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("single", "multi"):
-            raise ValueError(f"kind is {self.kind!r}; it must be 'single' or 'multi'")
+        if self.kind not in TEMPLATES:
+            raise ValueError(f"kind is {self.kind!r}; it must be one of {list(TEMPLATES)}")
         check_range("num_names", self.num_names, 1, len(NAMES))
         check_range("num_keys", self.num_keys, 1, self.num_names if self.kind == "multi" else 1)
         check_range("num_questions", self.num_questions, 1, float("inf"))
@@ -110,11 +97,66 @@ class NeedleTask:
             raise ValueError(
                 f"needle and question of kind 'multi' must have {{name}}: {self.texts}"
             )
+        self._check_queries()
+        if self.is_chained:
+            self._check_chains()
+        else:
+            self._check_unused("num_hops", "num_chains", "symbols")
+
+    def _check_queries(self) -> None:
+        check_range("num_queries", self.num_queries, 1, self.num_keys)
+        if self.num_queries > 1 and self.texts.question.count("{name}") != 1:
+            raise ValueError(f"a question for several names has {{name}} once: {self.texts}")
+
+    def _check_chains(self) -> None:
+        check_chain_template(self.texts)
+        check_range("num_hops", self.num_hops, 1, MAX_HOPS)
+        check_range("num_chains", self.num_chains, 1, float("inf"))
+        if self.symbols not in get_args(SymbolKind):
+            raise ValueError(
+                f"symbols is {self.symbols!r}; it must be one of {list(get_args(SymbolKind))}"
+            )
+        if self.symbols == "letters":
+            check_range("num_digits, the letters of a symbol,", self.num_digits, 1, MAX_LETTERS)
+        needed, there = self.num_chains * (self.num_hops + 1), self.link_symbols.count
+        if needed > there:
+            raise ValueError(
+                f"{self.num_chains} chains of {self.num_hops} hops need {needed} different symbols;"
+                f" there are {there}"
+            )
+        if self.kind == "variables":
+            self._check_variables()
+
+    def _check_variables(self) -> None:
+        if self.symbols == "digits":
+            raise ValueError("symbols is 'digits'; variables would look like their numbers")
+        if self.num_chains > 10**self.num_digits:
+            raise ValueError(
+                f"{self.num_chains} different numbers need more than {self.num_digits} digits"
+            )
+
+    def _check_unused(self, *names: str) -> None:
+        """Refuse a value for what this kind does not have: nothing would read it."""
+        for name in names:
+            if getattr(self, name) != getattr(NeedleTask, name):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; kind {self.kind!r} has no {name}"
+                )
 
     @property
     def texts(self) -> NeedleTemplate:
         """The texts in use."""
-        return self.template or (SINGLE if self.kind == "single" else MULTI)
+        return self.template or TEMPLATES[self.kind]
+
+    @property
+    def is_chained(self) -> bool:
+        """Whether an answer takes several facts of which one leads to the next."""
+        return self.kind in ("hops", "variables")
+
+    @property
+    def link_symbols(self) -> Symbols:
+        """What the links of chains are called."""
+        return Symbols(self.symbols, num_names=self.num_names, width=self.num_digits)
 
     def training_row(
         self,
@@ -150,24 +192,24 @@ class NeedleTask:
             length=length,
             chunk_size=chunk_size,
             zone=self.question_zone,
-        )
-        needles = encoder.draw(rng, self.num_keys)
-        asked = _ask(rng, needles, self.num_questions)
+        ).tolist()
+        facts, queries, in_order = encoder.draw(rng)
+        asked = [queries[number] for number in _ask(rng, len(queries), self.num_questions)]
         starts = place(
             rng,
-            [len(needle.ids) for needle in needles],
-            space=int(ends[0]) - len(needles[asked[0]].question),
+            [len(fact.ids) for fact in facts],
+            space=ends[0] - len(asked[0].question),
+            in_order=in_order,
         )
         ids = corpus.haystack(rng, length, split)
-        _write(needles, starts, ids)
-        pairs = zip(asked, ends.tolist(), strict=True)
-        questions = tuple(_asked(needles[number], starts[number], end) for number, end in pairs)
+        write_facts(facts, starts, ids)
         mask = np.zeros(length, dtype=np.bool_)
-        for number, question in zip(asked, questions, strict=True):
-            ids[slice(*question.question_span)] = needles[number].question
-            ids[slice(*question.answer_span)] = needles[number].answer
-            mask[slice(*question.answer_span)] = True
-        return NeedleRow(ids, mask, questions)
+        for query, end in zip(asked, ends, strict=True):
+            write_question(query, end, ids, mask)
+        questions = (
+            asked_needle(query, facts, starts, end) for query, end in zip(asked, ends, strict=True)
+        )
+        return NeedleRow(ids, mask, tuple(questions))
 
     def evaluation_example(
         self,
@@ -200,19 +242,29 @@ class NeedleTask:
         check_range("chunk_size", chunk_size, 1, length)
         encoder, sizes = _encoder(self, corpus.tokenizer)
         num_context = context_length(sizes, length=length, chunk_size=chunk_size)
-        needles = encoder.draw(rng, self.num_keys)
-        needle_sizes = [len(needle.ids) for needle in needles]
-        starts = place(rng, needle_sizes, space=num_context)
-        asked = _ask(rng, needles, min(self.num_questions, len(needles)))
+        facts, queries, in_order = encoder.draw(rng)
+        fact_sizes = [len(fact.ids) for fact in facts]
+        starts = place(rng, fact_sizes, space=num_context, in_order=in_order)
+        asked = _ask(rng, len(queries), min(self.num_questions, len(queries)))
         if depth is not None:
             check_range("depth", depth, 0, 1)
+            if in_order:
+                raise ValueError(f"depth is {depth}; facts of {self.kind!r} keep their order")
             asked = asked[:1]
-            target = round(depth * (num_context - needle_sizes[asked[0]]))
-            starts = move(starts, needle_sizes, asked[0], target=target)
+            moved = queries[asked[0]].facts[0]
+            target = round(depth * (num_context - fact_sizes[moved]))
+            starts = move(starts, fact_sizes, moved, target=target)
         ids = corpus.haystack(rng, length, "held_out")
-        _write(needles, starts, ids)
+        write_facts(facts, starts, ids)
         questions = tuple(
-            _question(needles[number], starts[number], ids[num_context:], num_context, chunk_size)
+            needle_question(
+                queries[number],
+                facts,
+                starts,
+                padding=ids[num_context:],
+                num_context=num_context,
+                chunk_size=chunk_size,
+            )
             for number in asked
         )
         return NeedleExample(ids[:num_context], questions)
@@ -220,14 +272,43 @@ class NeedleTask:
 
 # Rows of a run share one encoder: it encodes tens of texts, a row only its values.
 @lru_cache(maxsize=16)
-def _encoder(task: NeedleTask, tokenizer: PreTrainedTokenizerBase) -> tuple[NeedleEncoder, Sizes]:
-    encoder = NeedleEncoder(
+def _encoder(
+    task: NeedleTask, tokenizer: PreTrainedTokenizerBase
+) -> tuple[NeedleEncoder | ChainEncoder, Sizes]:
+    make = _chain_encoder if task.is_chained else _needle_encoder
+    encoder = make(task, tokenizer)
+    return encoder, encoder.largest()
+
+
+def _needle_encoder(task: NeedleTask, tokenizer: PreTrainedTokenizerBase) -> NeedleEncoder:
+    return NeedleEncoder(
         task.texts,
         tokenizer,
         names=NAMES[: task.num_names] if task.kind == "multi" else ("",),
         num_digits=task.num_digits,
+        num_keys=task.num_keys,
+        num_queries=task.num_queries,
+        num_questions=task.num_questions,
     )
-    return encoder, encoder.largest(task.num_keys)
+
+
+def _chain_encoder(task: NeedleTask, tokenizer: PreTrainedTokenizerBase) -> ChainEncoder:
+    symbols = task.link_symbols
+    counts = {"num_chains": task.num_chains, "num_hops": task.num_hops}
+    kinds = [symbols]
+    if task.kind == "hops":
+        draw = partial(draw_paths, symbols=symbols, **counts)
+    else:
+        numbers = Symbols("digits", num_names=task.num_names, width=task.num_digits)
+        draw = partial(draw_assignments, symbols=symbols, numbers=numbers, **counts)
+        kinds.append(numbers)
+    return ChainEncoder(
+        task.texts,
+        tokenizer,
+        draw_chains=draw,
+        symbols=kinds,
+        ordered=task.kind == "variables",
+    )
 
 
 def score_answer(
@@ -246,45 +327,14 @@ def generator(seed: int, index: int, stream: int) -> np.random.Generator:
     return np.random.default_rng([seed, index, stream])
 
 
-def _ask(rng: np.random.Generator, needles: list[Needle], num_questions: int) -> list[int]:
-    """Return which needle each question asks for: every one before any is asked for again."""
+def _ask(rng: np.random.Generator, num_queries: int, num_questions: int) -> list[int]:
+    """Return which query each question is: every one before any is asked again."""
     asked: list[int] = []
     while len(asked) < num_questions:
-        order = rng.permutation(len(needles)).tolist()
+        order = rng.permutation(num_queries).tolist()
         # An answer given just before is in reach of the sliding window.
         asked += order if asked[-1:] != order[:1] else order[::-1]
     return asked[:num_questions]
-
-
-def _write(needles: list[Needle], starts: list[int], ids: np.ndarray) -> None:
-    for needle, start in zip(needles, starts, strict=True):
-        ids[start : start + len(needle.ids)] = needle.ids
-
-
-def _asked(needle: Needle, start: int, question_end: int) -> AskedNeedle:
-    return AskedNeedle(
-        name=needle.name,
-        needle_span=(start, start + len(needle.ids)),
-        question_span=(question_end - len(needle.question), question_end),
-        answer_span=(question_end, question_end + len(needle.answer)),
-    )
-
-
-def _question(
-    needle: Needle, start: int, padding: np.ndarray, num_context: int, chunk_size: int
-) -> NeedleQuestion:
-    input_ids = padding.copy()
-    input_ids[len(input_ids) - len(needle.question) :] = needle.question
-    value_start = start + needle.value_start
-    last_chunk = (value_start + len(needle.answer) - 1) // chunk_size
-    return NeedleQuestion(
-        input_ids=input_ids,
-        answer_ids=needle.answer,
-        name=needle.name,
-        needle_span=(start, start + len(needle.ids)),
-        needle_chunks=tuple(range(value_start // chunk_size, last_chunk + 1)),
-        depth=start / max(num_context - len(needle.ids), 1),
-    )
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:

@@ -17,10 +17,22 @@ class Sizes(NamedTuple):
     """The longest answer."""
 
 
-def place(rng: np.random.Generator, sizes: Sequence[int], *, space: int) -> list[int]:
+def place(
+    rng: np.random.Generator,
+    sizes: Sequence[int],
+    *,
+    space: int,
+    in_order: Sequence[Sequence[int]] = (),
+) -> list[int]:
     """Return random starts for blocks of ``sizes`` tokens in ``space`` tokens.
 
     Blocks do not overlap; their order and the gaps before, between and after them are random.
+
+    Args:
+        rng: the source of the places.
+        sizes: tokens of each block.
+        space: tokens that there are.
+        in_order: disjoint sets of blocks, by number, each to be placed in the order given.
 
     Raises:
         ValueError: the blocks have more than ``space`` tokens.
@@ -29,8 +41,13 @@ def place(rng: np.random.Generator, sizes: Sequence[int], *, space: int) -> list
     if slack < 0:
         raise ValueError(f"blocks of {sum(sizes)} tokens in all do not fit in {space} tokens")
     gaps = np.sort(rng.integers(slack + 1, size=len(sizes))).tolist()
+    order = rng.permutation(len(sizes)).tolist()
+    for numbers in in_order:
+        where = [slot for slot, number in enumerate(order) if number in numbers]
+        for slot, number in zip(where, numbers, strict=True):
+            order[slot] = number
     starts, used = [0] * len(sizes), 0
-    for gap, number in zip(gaps, rng.permutation(len(sizes)).tolist(), strict=True):
+    for gap, number in zip(gaps, order, strict=True):
         starts[number] = gap + used
         used += sizes[number]
     return starts

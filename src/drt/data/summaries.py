@@ -85,9 +85,15 @@ class SummaryData(SummarySource):
     """Which split is read."""
     length: int = 1024
     """Tokens of a row at most: the start of a document, the marker, a summary and its end."""
+    validation_split: str = "validation"
+    """The split of the validation loss."""
+    validation_rows: int = 32
+    """Rows of the validation loss at most, the same at each measurement."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.validation_rows < 1:
+            raise ValueError(f"validation_rows is {self.validation_rows}; it must be 1 or more")
         check_room(self.length, self.max_summary_tokens)
 
 

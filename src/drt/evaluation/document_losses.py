@@ -201,17 +201,22 @@ def paired_difference(
     if not pairs:
         labels = [row["label"] for row in record_a["rows"]]
         raise ValueError(f"no row is in both records: {labels} and {list(others)}")
-    return [_compare(a, b, num_resamples=num_resamples, seed=seed) for a, b in pairs]
+    return [compare_rows(a, b, num_resamples=num_resamples, seed=seed) for a, b in pairs]
 
 
-def _compare(
+def compare_rows(
     row_a: dict[str, Any], row_b: dict[str, Any], *, num_resamples: int, seed: int
 ) -> dict[str, Any]:
+    """Compare two rows that score the same tokens: an item of `paired_difference`.
+
+    Raises:
+        ValueError: they score other tokens.
+    """
     a, b = row_a["by_document"], row_b["by_document"]
     if row_a["scored_sha256"] != row_b["scored_sha256"]:
         raise ValueError(
-            f"at {row_a['label']} the two records score other tokens: {row_a['num_tokens']:,} of "
-            f"{row_a['num_documents']:,} documents and {row_b['num_tokens']:,} of "
+            f"{row_a['label']} and {row_b['label']} score other tokens: {row_a['num_tokens']:,} "
+            f"of {row_a['num_documents']:,} documents and {row_b['num_tokens']:,} of "
             f"{row_b['num_documents']:,}"
         )
     nats, tokens = np.subtract(a["nats"], b["nats"]), np.array(a["tokens"])

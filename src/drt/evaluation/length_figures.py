@@ -12,6 +12,9 @@ from drt.evaluation.figure import short_length
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _MARKERS = "os^Dv*X"
 
+# Values that differ by less than this factor are drawn from zero: noise must not look like growth.
+_SMALL_RANGE = 5
+
 Records = dict[str, dict[str, Any]]
 
 
@@ -50,7 +53,7 @@ def draw_perplexity(records: Records, path: Path) -> None:
 
 
 def draw_cost(records: Records, path: Path) -> None:
-    """Draw reading, decoding, peak memory and what is held, by length; all axes logarithmic.
+    """Draw reading, decoding, peak memory and what is held, by length.
 
     Args:
         records: what `CostTask.evaluate` returned, by the name of the model.
@@ -75,7 +78,8 @@ def draw_cost(records: Records, path: Path) -> None:
             points = [(row["length"], value(row)) for row in record["rows"]]
             known = [(length, found) for length, found in points if found]
             axis.plot([x for x, _ in known], [y for _, y in known], label=name, **_style(number))
-        axis.set(title=title, xlabel="tokens read", ylabel=unit, yscale="log")
+        axis.set(title=title, xlabel="tokens read", ylabel=unit)
+        _scale(axis)
         _finish(axis, {length: short_length(length) for length in lengths})
     axes[0].legend(frameon=False, fontsize=8)
     _save(plt, figure, path)
@@ -104,6 +108,20 @@ def _finish(axis: Any, ticks: dict[float, str]) -> None:
     axis.xaxis.set_minor_locator(NullLocator())
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def _scale(axis: Any) -> None:
+    """A vertical axis from zero, or a logarithmic one with plain numbers."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    values = [value for line in axis.get_lines() for value in line.get_ydata()]
+    if not values or max(values) < _SMALL_RANGE * min(values):
+        axis.set_ylim(0, None)
+        return
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _save(plt: Any, figure: Any, path: Path) -> None:

@@ -70,9 +70,16 @@ class NeedleEvaluationTask:
                 raise ValueError(f"{name} is empty: at least one is needed")
         if self.depths == []:
             raise ValueError("depths is empty: leave it out for needles anywhere")
-        for length in self.lengths:
-            if length < 1:
-                raise ValueError(f"lengths must be at least 1, got {length}")
+        for name, values in (
+            ("lengths", self.lengths),
+            ("questions", [self.questions]),
+            ("questions_longest", [self.questions_longest]),
+        ):
+            if min(values) < 1:
+                raise ValueError(f"{name} must be at least 1, got {min(values)}")
+        for depth in self.depths or ():
+            if not 0 <= depth <= 1:
+                raise ValueError(f"depths must be from 0 to 1, got {depth}")
 
     def evaluate(self, checkpoint: Checkpoint, *, title: str) -> dict[str, Any]:
         """Score a model.
@@ -99,9 +106,11 @@ class NeedleEvaluationTask:
             "left_out": [length for length in sorted(self.lengths) if length not in done],
             "chunk_size": self._chunk_size(model),
             "position_limit": None if limit is None else limit.num_tokens,
-            "beyond_limit": limit is not None and any(n > limit.num_tokens for n in done),
+            "beyond_limit": limit is not None
+            and any(self._needed(model, corpus, length) > limit.num_tokens for length in done),
             "first_token_id": self._first_token(model),
             "tokenizer": tokenizer_fingerprint(checkpoint.tokenizer),
+            "precision": checkpoint.precision,
             "parameters": model.num_parameters(),
             "settings": asdict(self),
         }
@@ -152,8 +161,7 @@ class NeedleEvaluationTask:
         """The lengths that the model has positions for, found out before anything is read."""
         lengths = []
         for length in sorted(set(self.lengths)):
-            needed = tokens_needed(self._first_example(model, corpus, length))
-            needed += self._first_token(model) is not None
+            needed = self._needed(model, corpus, length)
             try:
                 check_length(model, needed, beyond_limit=self.beyond_limit == "go_on")
             except ValueError:
@@ -162,6 +170,11 @@ class NeedleEvaluationTask:
             else:
                 lengths.append(length)
         return lengths
+
+    def _needed(self, model: Any, corpus: Corpus, length: int) -> int:
+        """Tokens that the model reads for an example, the first and its own answer among them."""
+        example = self._first_example(model, corpus, length)
+        return tokens_needed(example) + (self._first_token(model) is not None)
 
     def _first_example(self, model: Any, corpus: Corpus, length: int) -> Any:
         size, depth = self._chunk_size(model), self.depths[0] if self.depths else None
@@ -248,13 +261,13 @@ def format_scores(models: Mapping[str, Mapping[str, list[dict[str, Any]]]]) -> s
     rows = [row for tasks in models.values() for scores in tasks.values() for row in scores]
     lengths = sorted({row["length"] for row in rows})
     width = max(10, *(len(name) for name in models))
-    head = f"{'model':<{width}} {'task':<9} {'figure':<13}" + "".join(f"{n:>13,}" for n in lengths)
+    head = f"{'model':<{width}} {'task':<9} {'figure':<14}" + "".join(f"{n:>13,}" for n in lengths)
     lines = [head, "-" * len(head)]
     for name, tasks in models.items():
         for task, scores in tasks.items():
             for label, cells in _figures(scores):
                 shown = "".join(f"{cells.get(length, '-'):>13}" for length in lengths)
-                lines.append(f"{name:<{width}} {task:<9} {label:<13}{shown}")
+                lines.append(f"{name:<{width}} {task:<9} {label:<14}{shown}")
     return "\n".join(lines)
 
 

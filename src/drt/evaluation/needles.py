@@ -30,8 +30,8 @@ class ScoredAnswer(NamedTuple):
     exact_match: bool
     """Whether all of them are right."""
     recalled: bool | None
-    """Whether some group's retrieval held every chunk of the value; None without retrieval, and
-    where the model's chunks are not those of the question."""
+    """Whether some group's retrieval held every chunk of the value, of each fact where there are
+    several; None without retrieval, and where the model's chunks are not those of the question."""
     retrievals: tuple[Retrieval, ...]
     """Per group, what the landmark at the question's end retrieved: (1, 1, K) tensors."""
 
@@ -109,10 +109,13 @@ def ask(reading: Reading, question: NeedleQuestion, *, chunks_agree: bool = True
         chunks_agree: whether the model's chunks are those that the question counts in.
     """
     answer = reading.answer(torch.as_tensor(question.input_ids), len(question.answer_ids))
-    needed = set(question.needle_chunks)
-    found = [needed <= set(r.indices.flatten().tolist()) for r in answer.retrievals]
+    found = [set(r.indices.flatten().tolist()) for r in answer.retrievals]
     right = score_answer(answer.token_ids, question.answer_ids.tolist())
-    recalled = any(found) if found and chunks_agree else None
+    recalled = None
+    if found and chunks_agree:
+        # The facts of a chain may be found one after the other, each by another group.
+        facts = question.fact_chunks
+        recalled = all(any(chunks >= set(fact) for chunks in found) for fact in facts)
     return ScoredAnswer(answer.token_ids, right, recalled, answer.retrievals)
 
 

@@ -13,7 +13,12 @@ from tqdm import tqdm
 
 from drt.checkpoints import Checkpoint
 from drt.data.prepared import PreparedSplit
-from drt.evaluation.document_losses import ScoredWindows, paired_difference, sum_by_document
+from drt.evaluation.document_losses import (
+    ScoredWindows,
+    compare_rows,
+    paired_difference,
+    sum_by_document,
+)
 from drt.evaluation.figure import short_length
 from drt.evaluation.text_counts import Spelling
 from drt.evaluation.token_losses import book_nats, window_nats
@@ -36,6 +41,7 @@ WHOLE = (0, 1 << 62)
 
 FIGURES = {
     "perplexity": "perplexity a token, 95 % interval",
+    "ratio_to_shortest": "perplexity by that of the shortest context, 95 % paired interval",
     "perplexity_per_word": "perplexity a word",
     "bits_per_byte": "bits a byte",
 }
@@ -112,7 +118,8 @@ class PerplexityTask:
             A record, ready for JSON: `rows`, one for each length or bucket of positions, and of
             books `overall`, each with counts, perplexity a token, a word and a byte, the sums of
             each document (see `DocumentLosses.figures`), and how much of the split it does not
-            score. A word counts where it starts.
+            score. A word counts where it starts. Rows of sliding windows have `ratio_to_shortest`
+            with its paired interval too: whether more context helps.
 
         Raises:
             ValueError: no such split, another tokenizer's, no document is as long as the longest
@@ -127,6 +134,8 @@ class PerplexityTask:
             else:
                 scored = self._score_windows(checkpoint.model, split, excerpts, title)
         rows = self._rows(scored, split, Spelling(checkpoint.tokenizer))
+        if self.mode == "sliding":
+            rows = [{**row, **self._against(row, rows[0])} for row in rows]
         return {
             "task": "perplexity",
             "mode": self.mode,
@@ -253,6 +262,14 @@ class PerplexityTask:
             rows.append({**row.place, **figures, **marks})
         return rows
 
+    def _against(self, row: dict[str, Any], shortest: dict[str, Any]) -> dict[str, Any]:
+        seed, num_resamples = self.seed, self.num_resamples
+        found = compare_rows(row, shortest, num_resamples=num_resamples, seed=seed)
+        return {
+            "ratio_to_shortest": found["ratio"],
+            "ratio_to_shortest_interval": found["interval"],
+        }
+
 
 def _buckets(first: int, length: int) -> list[tuple[int, int]]:
     """Positions 0 to `first`, and then twice as far each time, until `length` is covered."""
@@ -306,10 +323,13 @@ def _table_rows(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _cell(row: dict[str, Any] | None, figure: str) -> str:
-    value = row and row[figure]
-    if value is None:
+    value = None if row is None else row.get(figure)
+    if row is None or value is None:
         return "-"
-    interval = row["perplexity_interval"] if row and figure == "perplexity" else None
-    if interval is None:
-        return f"{value:.3f}"
-    return f"{value:.3f} ({interval[0]:.3f}-{interval[1]:.3f})"
+    interval = row.get(f"{figure}_interval")
+    return _number(value) + ("" if interval is None else f" ({'-'.join(map(_number, interval))})")
+
+
+def _number(value: float) -> str:
+    """Three decimals, or four digits of what is large."""
+    return f"{value:.3f}" if value < 1e5 else f"{value:.3e}"

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from drt.baselines.base import BaselineForCausalLM
 from drt.loss import losses_of_logits
 from drt.memory import ChunkMemory
 from drt.modeling import DRTForCausalLM, DRTModel, DRTModelOutput
@@ -51,12 +52,13 @@ class PositionLimit(NamedTuple):
 
 
 def position_limit(model: Any) -> PositionLimit | None:
-    """The tokens that a model was made for; None where it has no limit, as a DRT has none.
+    """The tokens that a model was made for; None where it has no limit, as models of DRT have none.
 
     Args:
         model: a causal language model of transformers.
     """
-    if isinstance(model, DRTForCausalLM):
+    # There, max_position_embeddings is the length of a training row, for information.
+    if isinstance(model, (DRTForCausalLM, BaselineForCausalLM)):
         return None
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
@@ -80,7 +82,7 @@ def check_length(model: Any, num_tokens: int, *, beyond_limit: bool = False) -> 
     limit = position_limit(model)
     if limit is None or num_tokens <= limit.num_tokens or (beyond_limit and not limit.is_hard):
         return
-    way_out = "" if limit.is_hard else "; they can go on, untrained, if beyond_limit is set"
+    way_out = "" if limit.is_hard else "; beyond_limit lets its rotary positions go on, untrained"
     raise ValueError(
         f"{type(model).__name__} has {limit.num_tokens} positions (max_position_embeddings), "
         f"{num_tokens} tokens need more{way_out}"

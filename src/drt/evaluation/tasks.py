@@ -22,13 +22,15 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from drt.checkpoints import Checkpoint
 from drt.evaluation.needles import common_chunk_size
-from drt.run_config import build
+from drt.run_config import build, overlay
 
 TASKS: dict[str, str] = {
     "single": "drt.evaluation.needle_evaluation:NeedleEvaluationTask",
     "multi": "drt.evaluation.needle_evaluation:MultiNeedleEvaluationTask",
     "needle": "drt.evaluation.needle_evaluation:NeedleEvaluationTask",
     "perplexity": "drt.evaluation.perplexity:PerplexityTask",
+    "babi": "drt.evaluation.babi:BabiTask",
+    "summarization": "drt.evaluation.summarization:SummarizationTask",
     "cost": "drt.evaluation.cost:CostTask",
 }
 """Name -> "module:class"; a module is imported when its task is asked for."""
@@ -77,7 +79,7 @@ def make_task(name: str, *settings: Mapping[str, Any]) -> EvaluationTask:
     cls = task_class(name)
     wanted = _defaults(cls)
     for layer in settings:
-        wanted = _overlay(wanted, layer)
+        wanted = overlay(wanted, dict(layer))
     try:
         return build(cls, wanted)
     except ValueError as error:
@@ -128,27 +130,39 @@ def _config(model: str | Path) -> PreTrainedConfig:
 
     try:
         return AutoConfig.from_pretrained(str(model))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{model} holds no model: {reason}") from error
 
 
 def describe_tasks() -> str:
-    """All tasks with their settings, as text."""
-    return "\n\n".join(_describe(name) for name in TASKS)
+    """All tasks with their settings, as text; a task like an earlier one is described by it."""
+    shown: dict[str, type[Any]] = {}
+    parts = []
+    for name in TASKS:
+        try:
+            cls = task_class(name)
+        except ImportError as error:
+            parts.append(f"{name}: not available: {error}")
+            continue
+        like = next((earlier for earlier, base in shown.items() if issubclass(cls, base)), None)
+        parts.append(_describe(name, cls, like, {} if like is None else _defaults(shown[like])))
+        shown.setdefault(name, cls)
+    return "\n\n".join(parts)
 
 
-def _describe(name: str) -> str:
-    try:
-        cls = task_class(name)
-    except ImportError as error:
-        return f"{name}: not available: {error}"
-    lines = [f"{name}: {inspect.getdoc(cls)}"]
+def _describe(name: str, cls: type[Any], like: str | None, known: Mapping[str, Any]) -> str:
+    """A task with the settings whose defaults are not known already."""
+    purpose = (inspect.getdoc(cls) or "").partition("\n\n")[0]
+    lines = [f"{name}: {purpose}"]
+    if like is not None:
+        lines.append(f"  settings as of {like}")
     sentences = _sentences(cls)
     for item in fields(cls):
         default = _default(item)
-        shown = "" if default is MISSING else f" [{_short(default)}]"
-        lines.append(f"  {item.name}{shown}")
+        if item.name in known and known[item.name] == default:
+            continue
+        lines.append(f"  {item.name}" + ("" if default is MISSING else f" [{_short(default)}]"))
         lines += textwrap.wrap(sentences.get(item.name, ""), 92, **_INDENTED)
     return "\n".join(lines)
 
@@ -192,12 +206,3 @@ def _default(item: Field[Any]) -> Any:
 def _defaults(cls: type) -> dict[str, Any]:
     made = {item.name: _default(item) for item in fields(cls)}
     return {name: value for name, value in made.items() if value is not MISSING}
-
-
-def _overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Mappings are merged; anything else above replaces what is below."""
-    merged = dict(below)
-    for key, value in above.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _overlay(merged[key], value) if both else value
-    return merged

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,7 +58,7 @@ class StudyConfig:
     title: str
     """The title of the page."""
     base: str
-    """The run configuration that rows change: a file beside this one, or a shipped one's name."""
+    """The run configuration that rows change: a file beside this one or one folder up."""
     rows: dict[str, dict[str, Any]]
     """By name, what each row changes of the base; `initial: {row: NAME}` begins with another row.
     With another model_type, the fields that both kinds have carry over."""
@@ -72,6 +72,8 @@ class StudyConfig:
     """Values for {name} in all texts below; given on the command line as name=value."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """Seeds of every row."""
+    exceptions: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    """By row and measurement, settings that are others for that row."""
     comparisons: list[list[str]] = field(default_factory=list)
     """Pairs of rows that are compared seed by seed, the first with the second."""
     curves: dict[str, Curve] = field(default_factory=dict)
@@ -86,6 +88,11 @@ class StudyConfig:
                     f"{title!r} shows {shown.measurement!r}, which is not among the measurements: "
                     f"{', '.join(self.measurements)}"
                 )
+        for row, changed in self.exceptions.items():
+            if row not in self.rows or changed.keys() - self.measurements.keys():
+                raise ValueError(
+                    f"an exception names a row and its measurements, got {row!r}: {list(changed)}"
+                )
         for pair in self.comparisons:
             if len(pair) != 2 or any(name not in self.rows for name in pair):
                 raise ValueError(f"a comparison names two rows, got {pair}")
@@ -93,6 +100,11 @@ class StudyConfig:
             source = self.initial_row(name)
             if source is not None and source not in self.rows:
                 raise ValueError(f"row {name!r} begins with {source!r}, which is no row")
+
+    def measurement_of(self, row: str, name: str) -> Measurement:
+        """A measurement as it is made of a row."""
+        made = self.measurements[name]
+        return replace(made, settings=made.settings | self.exceptions.get(row, {}).get(name, {}))
 
     def initial_row(self, name: str) -> str | None:
         """The row that a row begins with, if any."""
@@ -118,11 +130,17 @@ def load_study(path: Path, overrides: list[str]) -> StudyConfig:
             parameters[name] = value
         else:
             apply_override(data, override)
-    base = path.parent / data.get("base", "")
-    filled = _fill(data, parameters)
-    if base.is_file():
-        filled["base"] = str(base)
-    return build(StudyConfig, filled)
+    study = build(StudyConfig, _fill(data, parameters))
+    return replace(study, base=str(_find_base(study.base, path.parent)))
+
+
+def _find_base(name: str, folder: Path) -> Path:
+    """A run configuration beside a study, or one folder up, where the shipped ones are."""
+    places = [folder / name, folder.parent / name, folder.parent / f"{name}.yaml"]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise ValueError(f"there is no run configuration {name!r} in {folder} or {folder.parent}")
+    return found
 
 
 def run_config(study: StudyConfig, base: dict[str, Any], row: str, seed: int, folder: Path) -> Any:
@@ -140,6 +158,9 @@ def run_config(study: StudyConfig, base: dict[str, Any], row: str, seed: int, fo
     if source is not None:
         changes["initial"] = str(run_folder(folder, source, seed))
     data = overlay(_fill(base, study.parameters), changes)
+    if source is not None:
+        # The rest of its fields are those of the model it begins with.
+        data["model"] = changes.get("model", {})
     data |= {"seed": seed, "output_dir": str(run_folder(folder, row, seed))}
     return build(RunConfig, data)
 

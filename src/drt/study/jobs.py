@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -11,16 +12,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from drt.checkpoints import load_checkpoint
+from drt.evaluation.flops import count_flops
 from drt.evaluation.tasks import make_task
 from drt.memory.files import write_whole
-from drt.run_config import CONFIG_FILE, read_mapping
+from drt.run_config import CONFIG_FILE, RunConfig, read_mapping
 from drt.study.config import Measurement, StudyConfig, run_config, run_folder
 from drt.training import train
 from drt.training.folder import FINAL_FOLDER, is_finished, training_seconds
 
 RESULTS_FILE = "results.json"
 """In a run's folder: what was measured, with the settings it was measured with."""
+
+FACTS_FILE = "facts.json"
+"""In a run's folder: how large the model is, and what a token of training takes."""
 
 LOG_FILE = "log.txt"
 
@@ -47,15 +54,17 @@ def results_of(study: StudyConfig, job: Job, folder: Path) -> dict[str, Any]:
     stored = json.loads(file.read_text())
     return {
         name: stored[name]["record"]
-        for name, measurement in study.measurements.items()
-        if name in stored and stored[name]["measurement"] == asdict(measurement)
+        for name in study.measurements
+        if name in stored
+        and stored[name]["measurement"] == asdict(study.measurement_of(job.row, name))
     }
 
 
 def is_done(study: StudyConfig, job: Job, folder: Path) -> bool:
     """Whether nothing is left to do for a run."""
-    trained = is_finished(run_folder(folder, job.row, job.seed))
-    return trained and len(results_of(study, job, folder)) == len(study.measurements)
+    here = run_folder(folder, job.row, job.seed)
+    measured = len(results_of(study, job, folder)) == len(study.measurements)
+    return is_finished(here) and (here / FACTS_FILE).is_file() and measured
 
 
 def run_job(study: StudyConfig, job: Job, folder: Path) -> None:
@@ -69,16 +78,18 @@ def run_job(study: StudyConfig, job: Job, folder: Path) -> None:
     if not is_finished(here):
         resume = (here / CONFIG_FILE).is_file()
         train(config, resume=resume, title=f"train {job.row} {job.seed}")
-    missing = study.measurements.keys() - results_of(study, job, folder).keys()
-    if missing:
-        checkpoint = load_checkpoint(here / FINAL_FOLDER)
-        for name in study.measurements:
-            if name in missing:
-                measurement = study.measurements[name]
-                task = make_task(measurement.task, measurement.settings)
-                with checkpoint.autocast():
-                    record = task.evaluate(checkpoint, title=f"{job.row}: {name}")
-                _store(here / RESULTS_FILE, name, measurement, record)
+    if is_done(study, job, folder):
+        return
+    checkpoint = load_checkpoint(here / FINAL_FOLDER)
+    if not (here / FACTS_FILE).is_file():
+        write_whole(here / FACTS_FILE, json.dumps(_facts(checkpoint.model, config)))
+    done = results_of(study, job, folder)
+    for name in study.measurements:
+        if name not in done:
+            measurement = study.measurement_of(job.row, name)
+            task = make_task(measurement.task, measurement.settings)
+            record = task.evaluate(checkpoint, title=f"{job.row}: {name}")
+            _store(here / RESULTS_FILE, name, measurement, record)
 
 
 def _store(file: Path, name: str, measurement: Measurement, record: dict[str, Any]) -> None:
@@ -88,22 +99,19 @@ def _store(file: Path, name: str, measurement: Measurement, record: dict[str, An
 
 
 def facts_of(study: StudyConfig, job: Job, folder: Path) -> dict[str, Any]:
-    """Size and time of a finished run."""
+    """Size, operations and time of a finished run."""
     here = run_folder(folder, job.row, job.seed)
-    lines = (here / "metrics.jsonl").read_text().splitlines()
-    losses = [json.loads(line) for line in lines]
-    return {
-        "seconds": training_seconds(here),
-        "parameters": _num_parameters(here / FINAL_FOLDER),
-        "loss": next(line["loss"] for line in reversed(losses) if "loss" in line),
-    }
+    return {**json.loads((here / FACTS_FILE).read_text()), "seconds": training_seconds(here)}
 
 
-def _num_parameters(folder: Path) -> int:
-    from safetensors.torch import load_file
-
-    files = folder.glob("*.safetensors")
-    return sum(each.numel() for file in files for each in load_file(file).values())
+def _facts(model: Any, config: RunConfig) -> dict[str, Any]:
+    """Size of a model, and operations of a forward and backward a token of a training row."""
+    ids = torch.zeros(1, config.train_length, dtype=torch.int64, device=model.device)
+    model.train()
+    operations = count_flops(lambda: model(input_ids=ids, labels=ids).loss.backward())
+    model.zero_grad(set_to_none=True)
+    model.eval()
+    return {"parameters": model.num_parameters(), "flops_per_token": operations / ids.numel()}
 
 
 def run_all(
@@ -131,7 +139,8 @@ def run_all(
             for job in list(waiting):
                 if len(running) < num_workers and _is_ready(study, job, folder):
                     waiting.remove(job)
-                    running[job] = (_start(command(job), job, folder), time.monotonic())
+                    process = _start(command(job), job, folder, num_workers=num_workers)
+                    running[job] = (process, time.monotonic())
             if not running:
                 # What the rest begin with has failed.
                 return
@@ -150,9 +159,14 @@ def _is_ready(study: StudyConfig, job: Job, folder: Path) -> bool:
     return source is None or is_finished(run_folder(folder, source, job.seed))
 
 
-def _start(command: list[str], job: Job, folder: Path) -> Any:
+def _start(command: list[str], job: Job, folder: Path, *, num_workers: int) -> Any:
     here = run_folder(folder, job.row, job.seed)
     log = here.parent / f"{here.name}-{LOG_FILE}"
     log.parent.mkdir(parents=True, exist_ok=True)
+    # Runs side by side would each take all cores otherwise.
+    threads = max((os.cpu_count() or 1) // num_workers, 1)
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     with log.open("a") as file:
-        return subprocess.Popen([sys.executable, *command], stdout=file, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            [sys.executable, *command], stdout=file, stderr=subprocess.STDOUT, env=environment
+        )

@@ -111,27 +111,33 @@ def _made_by(results: Results, command: str) -> str:
 
 def _table(results: Results) -> str:
     study = results.study
-    head = ["model", "parameters", "training, s", "seeds", *study.columns]
+    head = ["model", "parameters", "cost", "training, s", "seeds", *study.columns]
     rows = [head, ["---"] * len(head)]
     best = {title: _best(results, column) for title, column in study.columns.items()}
     for row in study.rows:
-        facts = results.facts(row)
-        cells = [row]
-        cells += (
-            [f"{facts[0]['parameters']:,}", f"{fmean(f['seconds'] for f in facts):,.0f}"]
-            if (facts)
-            else [NONE, NONE]
-        )
-        cells.append(f"{len(facts)}")
+        cells = [row, *_facts(results, row)]
         for title, column in study.columns.items():
             cells.append(_cell(results, row, column, is_best=best[title] == row))
         rows.append(cells)
     note = (
         "Means over the seeds, in brackets the lowest and the highest where there are several; "
         "the paper's figure, of its own size and data, behind a bar. The best mean is bold. "
-        "Training seconds are wall time beside other runs."
+        "Cost: operations of training on a token, of those of the first row. Training seconds are "
+        "wall time beside other runs."
     )
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows) + f"\n\n{note}"
+
+
+def _facts(results: Results, row: str) -> list[str]:
+    """Parameters, cost, seconds and number of seeds."""
+    facts, first = results.facts(row), results.facts(next(iter(results.study.rows)))
+    if not facts:
+        return [NONE, NONE, NONE, "0"]
+    cost = NONE
+    if first:
+        cost = f"{facts[0]['flops_per_token'] / first[0]['flops_per_token']:.2f}"
+    seconds = fmean(each["seconds"] for each in facts)
+    return [f"{facts[0]['parameters']:,}", cost, f"{seconds:,.0f}", str(len(facts))]
 
 
 def _values(results: Results, row: str, column: Column) -> list[float]:

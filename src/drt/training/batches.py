@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from drt.configuration import DRTConfig
 from drt.data import Corpus, batch
 from drt.data.prepared import TokenRows
+from drt.data.summary_batches import SummaryBatches
 from drt.loss import IGNORED
 from drt.run_config import RunConfig
 from drt.training.curriculum import Curriculum
@@ -103,6 +104,26 @@ class TextSteps:
         made = [self.data[index] for index in range(first, first + self.rows_per_step)]
         stacked = {name: torch.stack([row[name] for row in made]) for name in made[0]}
         return {**stacked, "token_weights": share(predicted(stacked["labels"]))}
+
+
+class SummarySteps:
+    """Documents and summaries; the loss is the mean over the tokens of the summaries.
+
+    Args:
+        batches: the rows.
+        closes_prompts: whether the chunk that a prompt leaves open is closed, as `generate` of the
+            same model does.
+    """
+
+    def __init__(self, batches: SummaryBatches, *, closes_prompts: bool = True) -> None:
+        self.data, self.closes_prompts = batches, closes_prompts
+
+    def rows(self, step: int) -> Batch:
+        """All rows of a step."""
+        made = dict(self.data[step])
+        if not self.closes_prompts:
+            del made["chunk_ends"]
+        return {**made, "token_weights": share(predicted(made["labels"]))}
 
 
 def needle_masks(answer_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

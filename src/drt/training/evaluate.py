@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,6 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from transformers.training_args import TrainingArguments
 
 from drt.data import Corpus
-from drt.data.prepared import TokenRows
 from drt.evaluation.needles import evaluate_needles
 from drt.loss import IGNORED
 from drt.modeling import DRTForCausalLM
@@ -68,19 +68,20 @@ class NeedleEvaluation(TrainerCallback):
 
 
 class ValidationLoss(TrainerCallback):
-    """Logs the mean loss of the first rows of the validation split, the same ones each time.
+    """Logs the mean loss of some rows, the same ones each time.
 
-    Every process measures all of it, and none of its own.
+    Every process measures all of them.
 
     Args:
         trainer: whose model is measured.
-        data: rows of the validation split.
-        rows: how many of them.
-        every: steps between measurements.
+        rows: what it reads, (T,) each, with `labels`.
+        every: steps between measurements; the last step is measured too.
     """
 
-    def __init__(self, trainer: RunTrainer, data: TokenRows, *, rows: int, every: int) -> None:
-        self.trainer, self.data, self.rows, self.every = trainer, data, rows, every
+    def __init__(
+        self, trainer: RunTrainer, rows: Sequence[dict[str, torch.Tensor]], *, every: int
+    ) -> None:
+        self.trainer, self.rows, self.every = trainer, rows, every
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -97,8 +98,8 @@ class ValidationLoss(TrainerCallback):
         model: Any = self.trainer.model_wrapped
         total, count = 0.0, 0
         model.eval()
-        for index in range(self.rows):
-            row = {name: each[None].to(device) for name, each in self.data[index].items()}
+        for each in self.rows:
+            row = {name: values[None].to(device) for name, values in each.items()}
             with self.trainer.compute_loss_context_manager():
                 _, losses = self.trainer.token_losses(model, row)
             total += float(losses.double().sum())

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.training_args import TrainingArguments
 
-from drt.architectures import make_config, make_model
-from drt.checkpoints import Checkpoint, load_checkpoint
-from drt.data import Corpus, load_corpus, load_tokenizer
-from drt.data.prepared import TokenRows
-from drt.data.prepared.corpora import TOKENIZER_FOLDER
-from drt.data.tokenization import BYTES
-from drt.run_config import CONFIG_FILE, RunConfig, TextData, save_config
+from drt.data import Corpus
+from drt.run_config import CONFIG_FILE, RunConfig, save_config
 from drt.training.arguments import training_arguments
-from drt.training.batches import NeedleSteps, StepParts, StepSource, TextSteps, first_part
+from drt.training.batches import StepParts, first_part
 from drt.training.callbacks import (
     PROGRESS_FILE,
     MetricsFile,
@@ -31,26 +24,13 @@ from drt.training.callbacks import (
     latest_checkpoint,
 )
 from drt.training.compilation import compile_layers
-from drt.training.curriculum import Curriculum
 from drt.training.evaluate import NeedleEvaluation, ValidationLoss
 from drt.training.folder import FINAL_FOLDER, METRICS_FILE, check_folder
+from drt.training.materials import Materials, make_materials, rows_per_step
 from drt.training.speed import speed_meter
 from drt.training.trainer import RunTrainer
 
 T = TypeVar("T")
-
-
-class Materials(NamedTuple):
-    """What a run is made of, before anything is written."""
-
-    tokenizer: PreTrainedTokenizerBase
-    model: PreTrainedModel
-    source: StepSource
-    curriculum: Curriculum | None
-    corpus: Corpus | None
-    """The haystack of needle rows."""
-    validation: TokenRows | None
-    """Rows of the validation loss of text."""
 
 
 def train(
@@ -86,7 +66,7 @@ def train(
 
     def prepare() -> tuple[Materials, TrainingArguments]:
         _check_processes(config, processes.num_processes)
-        materials = _materials(config, corpus)
+        materials = make_materials(config, corpus)
         return materials, training_arguments(config, materials.model)
 
     def prepare_first() -> tuple[Materials, TrainingArguments]:
@@ -137,83 +117,11 @@ def _in_turn(first: Callable[[], T], others: Callable[[], T]) -> T:
     return others()
 
 
-def _materials(config: RunConfig, corpus: Corpus | None) -> Materials:
-    initial = None if config.initial is None else load_checkpoint(config.initial)
-    tokenizer = _tokenizer(config, initial)
-    model_config = make_config(
-        config.model, tokenizer, initial=initial.model.config if initial else None
-    )
-    # Data first: it may be refused, and a large model takes time to make.
-    curriculum = validation = None
-    if config.text is not None:
-        rows, validation = _text_rows(config, config.text, tokenizer)
-        source: StepSource = TextSteps(rows, rows_per_step=_rows_per_step(config, rows.length))
-    else:
-        curriculum = Curriculum(config.stages)
-        corpus = corpus or load_corpus(config.corpus, tokenizer)
-        source = NeedleSteps(config, corpus, curriculum)
-    model = make_model(model_config, seed=config.seed, initial=initial.model if initial else None)
-    if config.text is not None:
-        _check_documents(model, config.text)
-    return Materials(tokenizer, model, source, curriculum, corpus, validation)
-
-
-def _tokenizer(config: RunConfig, initial: Checkpoint | None) -> PreTrainedTokenizerBase:
-    if config.tokenizer is not None:
-        return load_tokenizer(config.tokenizer)
-    if config.text is not None:
-        return load_tokenizer(str(Path(config.text.corpus) / TOKENIZER_FOLDER))
-    return load_tokenizer(BYTES) if initial is None else initial.tokenizer
-
-
-def _text_rows(
-    config: RunConfig, text: TextData, tokenizer: PreTrainedTokenizerBase
-) -> tuple[TokenRows, TokenRows | None]:
-    """Rows to train on and rows of the validation loss, if it is measured."""
-    folder, per_step = Path(text.corpus), _rows_per_step(config, text.length)
-    once = TokenRows(
-        folder / text.split, length=text.length, documents=text.documents, tokenizer=tokenizer
-    )
-    rows = TokenRows(
-        once.split,
-        length=text.length,
-        documents=text.documents,
-        seed=config.seed,
-        num_epochs=-(-config.training.num_steps * per_step // once.num_rows),
-    )
-    if not config.training.evaluate_every:
-        return rows, None
-    # Of one seed, so that runs of several seeds have one measure.
-    validation = TokenRows(
-        folder / text.validation_split, length=text.length, documents=text.documents
-    )
-    if len(validation) < text.validation_rows:
-        raise ValueError(
-            f"{validation.split.folder} has {len(validation)} rows of {text.length} tokens, "
-            f"text.validation_rows is {text.validation_rows}"
-        )
-    return rows, validation
-
-
-def _rows_per_step(config: RunConfig, length: int) -> int:
-    return config.training.tokens_per_step // length
-
-
-def _check_documents(model: PreTrainedModel, text: TextData) -> None:
-    """Refuse packed documents for a model that would read them as one text."""
-    knows = "document_ids" in inspect.signature(model.forward).parameters
-    if text.documents == "packed" and not knows:
-        raise ValueError(
-            f"text.documents is packed, and a {type(model).__name__} cannot keep documents of a "
-            "row apart: choose crossing or apart"
-        )
-
-
 def _check_processes(config: RunConfig, num_processes: int) -> None:
     """Refuse rows that cannot be shared out, and sharding where there is nothing to do it."""
     parts = num_processes * config.training.num_micro_batches
     for length in config.row_lengths:
-        rows = _rows_per_step(config, length)
+        rows = rows_per_step(config, length)
         if rows % parts:
             raise ValueError(
                 f"{rows} rows of {length} tokens a step cannot be shared out over {num_processes} "
@@ -263,11 +171,6 @@ def _replace_callbacks(
     trainer.add_callback(ProgressCheckpoint(trainer.curriculum))
     if config.training.evaluate_every and materials.corpus is not None:
         trainer.add_callback(NeedleEvaluation(trainer, config, materials.corpus))
-    if materials.validation is not None:
-        assert config.text is not None
-        rows = config.text.validation_rows
-        trainer.add_callback(
-            ValidationLoss(
-                trainer, materials.validation, rows=rows, every=config.training.evaluate_every
-            )
-        )
+    if materials.validation:
+        every = config.training.evaluate_every
+        trainer.add_callback(ValidationLoss(trainer, materials.validation, every=every))

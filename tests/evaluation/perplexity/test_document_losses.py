@@ -84,5 +84,5 @@ def test_records_that_cannot_be_compared() -> None:
             paired_difference(one, {**one, name: "other"})
     with pytest.raises(ValueError, match=r"no row is in both records: \['1K'\] and \['2K'\]"):
         paired_difference(one, {**one, "rows": [{**one["rows"][0], "label": "2K"}]})
-    with pytest.raises(ValueError, match="at 1K the two records score other tokens: 7 of 2"):
+    with pytest.raises(ValueError, match="1K and 1K score other tokens: 7 of 2"):
         paired_difference(one, {**one, "rows": [{**one["rows"][0], "scored_sha256": "t"}]})

@@ -147,6 +147,8 @@ def test_sliding_windows_against_brute_force(
             assert row["by_document"]["nats"][place] == pytest.approx(wanted, **CLOSE)
         assert other["by_document"]["nats"] == pytest.approx(row["by_document"]["nats"], **CLOSE)
     assert short["nats"] != pytest.approx(long["nats"], rel=1e-3)
+    ratio = long["perplexity"] / short["perplexity"]
+    assert (short["ratio_to_shortest"], long["ratio_to_shortest"]) == pytest.approx((1, ratio))
 
 
 @pytest.mark.parametrize("kind", ["drt", "llama", "bigram"])
@@ -205,8 +207,12 @@ def test_two_models_on_the_same_tokens(make_split: Prepare, bigram: Bigram) -> N
     for pair, row_a, row_b in zip(pairs, a["rows"], b["rows"], strict=True):
         assert pair["ratio"] == pytest.approx(row_a["perplexity"] / row_b["perplexity"])
         assert pair["interval"][0] <= pair["ratio"] <= pair["interval"][1] < 1
+    # A bigram has no use for more context.
+    assert a["rows"][1]["ratio_to_shortest"] == pytest.approx(1)
+    assert a["rows"][1]["ratio_to_shortest_interval"] == pytest.approx([1, 1])
+    assert "1.000 (1.000-1.000)" in PerplexityTask.table({"a": a})
     longer = evaluate(split, bigram, mode="sliding", lengths=[16, 64])
-    with pytest.raises(ValueError, match="at 16 the two records score other tokens"):
+    with pytest.raises(ValueError, match="16 and 16 score other tokens"):
         paired_difference(a, longer)
 
 
@@ -223,6 +229,8 @@ def test_a_table_of_models(make_split: Prepare, bigram: Bigram) -> None:
     assert lines[3].split()[-1] == "-"
     assert lines[4].split()[1] == lines[3].split()[1]
     assert "book, bits a byte" in lines
+    one["rows"][0]["perplexity_per_word"] = 1.5e9
+    assert PerplexityTask.table({"one": one}).splitlines()[8].split() == ["one", "1.500e+09"]
     assert any(line.split()[-1:] == ["overall"] for line in lines)
 
 

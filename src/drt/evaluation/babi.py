@@ -1,0 +1,182 @@
+"""bAbI stories in books of any length: exact match of the generated answer, task by task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from drt.checkpoints import Checkpoint
+from drt.data import BabiStories, Corpus, NeedleExample, load_corpus, score_answer
+from drt.evaluation.intervals import Interval, wilson_interval
+from drt.evaluation.needles import common_chunk_size, temporary_memory, tokens_needed
+from drt.evaluation.reading import check_length, start_reading
+
+
+class StoryAnswer(NamedTuple):
+    """How a model did on one story."""
+
+    exact_match: bool
+    """Whether every token of the answer was right."""
+    recall: float | None
+    """Share of the supporting facts' chunks that some group retrieved at the question's end; None
+    without retrieval, and where the model's chunks are not those of the question."""
+
+
+class BabiScore(NamedTuple):
+    """How a model did on one task at one length."""
+
+    task: int
+    """The bAbI task, 1 on."""
+    length: int
+    """Content tokens of context and question."""
+    n: int
+    """Stories asked about; fewer than wanted where not so many fit."""
+    num_right: int
+    """Those whose whole generated answer was right."""
+    exact_match: float
+    """Their share."""
+    exact_match_interval: Interval
+    """Wilson's 95 % interval of that share."""
+    recall: float | None
+    """Mean share of the supporting facts' chunks that were retrieved; None without retrieval."""
+
+
+@dataclass(frozen=True)
+class BabiTask:
+    """bAbI stories scattered in a haystack, a question at its end, tasks scored one by one."""
+
+    facts: str
+    """Stories: a .jsonl or .jsonl.xz file, rows with task, facts, question, answer, supporting."""
+    tasks: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
+    """The bAbI tasks, by number."""
+    lengths: list[int] = field(default_factory=lambda: [4096])
+    """Content tokens of context and question."""
+    corpus: str | None = None
+    """Haystack: a text file, folder, .jsonl or .jsonl.xz; None = the Python installation's text."""
+    n: int = 50
+    """Stories of each task at each length, all of them different ones; fewer if fewer fit."""
+    seed: int = 1
+    """Seed of the examples."""
+    memory: Literal["host", "disk"] = "host"
+    """Where a DRT keeps chunks while a context is read: in RAM, or in a temporary folder."""
+    segment_size: int = 4096
+    """Tokens of one forward while a context is read."""
+    chunk_size: int | None = None
+    """Questions end at multiples of this many tokens; None = the model's, 64 if it has none."""
+    beyond_limit: bool = False
+    """Whether rotary positions may go on beyond a model's max_position_embeddings."""
+
+    def __post_init__(self) -> None:
+        if not self.lengths or not self.tasks:
+            raise ValueError(f"tasks is {self.tasks} and lengths {self.lengths}: neither may be []")
+        if self.n < 1:
+            raise ValueError(f"n is {self.n}; it must be 1 or more")
+
+    def evaluate(self, checkpoint: Checkpoint, *, title: str) -> dict[str, Any]:
+        """Score a model.
+
+        Args:
+            checkpoint: the model and its tokenizer.
+            title: what the progress bar is called.
+
+        Returns:
+            `scores` (a mapping of `BabiScore` for each length and task) and `settings`.
+
+        Raises:
+            ValueError: no story of a task fits a length, or the model has too few positions.
+        """
+        corpus = load_corpus(self.corpus, checkpoint.tokenizer)
+        size = self.chunk_size or common_chunk_size([checkpoint.model.config])
+        cells = [(length, task) for length in sorted(set(self.lengths)) for task in self.tasks]
+        scores = []
+        # Long contexts take the time: the bar counts tokens read.
+        total = sum(self._count(corpus, *cell, size) * cell[0] for cell in cells)
+        with tqdm(total=total, desc=title, unit="token", unit_scale=True, mininterval=1.0) as bar:
+            for length, task in cells:
+                answers = []
+                for index in range(self._count(corpus, length, task, size)):
+                    example = self._stories(task).evaluation_example(
+                        corpus, seed=self.seed, index=index, length=length, chunk_size=size
+                    )
+                    with checkpoint.autocast():
+                        answers.append(self._ask(checkpoint.model, example, size))
+                    bar.update(length)
+                scores.append(_score(task, length, answers)._asdict())
+        return {"scores": scores, "settings": asdict(self)}
+
+    def _stories(self, task: int) -> BabiStories:
+        return BabiStories(facts=self.facts, tasks=[task])
+
+    def _count(self, corpus: Corpus, length: int, task: int, chunk_size: int) -> int:
+        stories = self._stories(task)
+        there = stories.num_fitting(corpus.tokenizer, length=length, chunk_size=chunk_size)
+        return min(self.n, there)
+
+    def _ask(self, model: Any, example: NeedleExample, chunk_size: int) -> StoryAnswer:
+        (question,) = example.questions
+        check_length(model, tokens_needed(example), beyond_limit=self.beyond_limit)
+        with start_reading(
+            model,
+            segment_size=self.segment_size,
+            new_memory=partial(temporary_memory, self.memory),
+            beyond_limit=self.beyond_limit,
+        ) as reading:
+            reading.read(torch.as_tensor(example.context_ids))
+            ids = torch.as_tensor(question.input_ids)
+            answer = reading.answer(ids, len(question.answer_ids))
+        right = score_answer(answer.token_ids, question.answer_ids)
+        if not answer.retrievals or chunk_size != getattr(model.config, "chunk_size", None):
+            return StoryAnswer(right, None)
+        # What one group finds may be what tells the next where to look: together they count.
+        found = {int(chunk) for r in answer.retrievals for chunk in r.indices.flatten()}
+        needed = question.needle_chunks
+        return StoryAnswer(right, sum(chunk in found for chunk in needed) / len(needed))
+
+    @staticmethod
+    def table(records: dict[str, dict[str, Any]]) -> str:
+        """The records of several models as plain text: tasks down, lengths across.
+
+        Args:
+            records: model name -> what `evaluate` returned.
+        """
+        rows = [row for record in records.values() for row in record["scores"]]
+        lengths = sorted({row["length"] for row in rows})
+        width = max(10, *(len(name) for name in records))
+        head = f"{'model':<{width}} {'task':<6}{'figure':<12}"
+        lines = [head + "".join(f"{length:>16,}" for length in lengths)]
+        lines.append("-" * len(lines[0]))
+        for name, record in records.items():
+            for task in dict.fromkeys(row["task"] for row in record["scores"]):
+                cells = {row["length"]: row for row in record["scores"] if row["task"] == task}
+                for figure, texts in _figures(cells):
+                    shown = "".join(f"{texts.get(length, '-'):>16}" for length in lengths)
+                    lines.append(f"{name:<{width}} {f'qa{task}':<6}{figure:<12}{shown}")
+        return "\n".join(lines)
+
+
+def _score(task: int, length: int, answers: list[StoryAnswer]) -> BabiScore:
+    right, count = sum(answer.exact_match for answer in answers), len(answers)
+    recalls = [answer.recall for answer in answers if answer.recall is not None]
+    return BabiScore(
+        task=task,
+        length=length,
+        n=count,
+        num_right=right,
+        exact_match=right / count,
+        exact_match_interval=wilson_interval(right, count),
+        recall=sum(recalls) / len(recalls) if recalls else None,
+    )
+
+
+def _figures(cells: dict[int, dict[str, Any]]) -> Iterable[tuple[str, dict[int, str]]]:
+    yield "exact match", {n: f"{row['exact_match']:.3f} of {row['n']}" for n, row in cells.items()}
+    intervals = {n: row["exact_match_interval"] for n, row in cells.items()}
+    yield "  95 %", {n: f"{low:.3f}-{high:.3f}" for n, (low, high) in intervals.items()}
+    recalls = {n: row["recall"] for n, row in cells.items() if row["recall"] is not None}
+    if recalls:
+        yield "  recall@K", {n: f"{recall:.3f}" for n, recall in recalls.items()}

@@ -1,0 +1,147 @@
+"""What a run is made of: tokenizer, model, and the batches of its kind of data."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from drt.architectures import attach_tokenizer, make_config, make_model
+from drt.checkpoints import Checkpoint, load_checkpoint
+from drt.data import Corpus, load_corpus, load_tokenizer
+from drt.data.prepared import TokenRows
+from drt.data.prepared.corpora import TOKENIZER_FOLDER
+from drt.data.summaries import SummaryData
+from drt.data.summary_batches import SummaryBatches
+from drt.data.tokenization import BYTES
+from drt.run_config import RunConfig, TextData
+from drt.training.batches import NeedleSteps, StepSource, SummarySteps, TextSteps
+from drt.training.curriculum import Curriculum
+
+
+class Materials(NamedTuple):
+    """What a run is made of, before anything is written."""
+
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
+    source: StepSource
+    curriculum: Curriculum | None = None
+    """Of needle rows."""
+    corpus: Corpus | None = None
+    """The haystack of needle rows."""
+    validation: Sequence[dict[str, Tensor]] = ()
+    """Rows of the validation loss, (T,) each; none of needle rows."""
+
+
+def make_materials(config: RunConfig, corpus: Corpus | None = None) -> Materials:
+    """Load data and make the model of a run.
+
+    Args:
+        config: the run.
+        corpus: the haystack of needle rows, when it is loaded already.
+
+    Raises:
+        ValueError: something is not there, or model and data do not go together.
+    """
+    initial = None if config.initial is None else load_checkpoint(config.initial)
+    tokenizer = _tokenizer(config, initial)
+    model_config = make_config(
+        config.model, tokenizer, initial=initial.model.config if initial else None
+    )
+    # Data first: it may be refused, and a large model takes time to make.
+    curriculum = None
+    validation: Sequence[dict[str, Tensor]] = ()
+    if config.text is not None:
+        source, validation = _text(config, config.text, tokenizer)
+    elif config.summaries is not None:
+        closes = getattr(model_config, "close_prompt_chunk", True)
+        source, validation = _summaries(config, config.summaries, tokenizer, closes=closes)
+    else:
+        curriculum = Curriculum(config.stages)
+        corpus = corpus or load_corpus(config.corpus, tokenizer)
+        source = NeedleSteps(config, corpus, curriculum)
+    model = make_model(model_config, seed=config.seed, initial=initial.model if initial else None)
+    attach_tokenizer(model, tokenizer)
+    if config.text is not None:
+        _check_documents(model, config.text)
+    if not config.training.evaluate_every:
+        validation = ()
+    return Materials(tokenizer, model, source, curriculum, corpus, validation)
+
+
+def rows_per_step(config: RunConfig, length: int) -> int:
+    """Rows of a length that a step has."""
+    return config.training.tokens_per_step // length
+
+
+def _tokenizer(config: RunConfig, initial: Checkpoint | None) -> PreTrainedTokenizerBase:
+    if config.tokenizer is not None:
+        return load_tokenizer(config.tokenizer)
+    if config.text is not None:
+        return load_tokenizer(str(Path(config.text.corpus) / TOKENIZER_FOLDER))
+    return load_tokenizer(BYTES) if initial is None else initial.tokenizer
+
+
+def _text(
+    config: RunConfig, text: TextData, tokenizer: PreTrainedTokenizerBase
+) -> tuple[StepSource, Sequence[dict[str, Tensor]]]:
+    """Steps of text, and rows of the validation split, which are the same for all seeds."""
+    folder, per_step = Path(text.corpus), rows_per_step(config, text.length)
+    once = TokenRows(
+        folder / text.split, length=text.length, documents=text.documents, tokenizer=tokenizer
+    )
+    rows = TokenRows(
+        once.split,
+        length=text.length,
+        documents=text.documents,
+        seed=config.seed,
+        num_epochs=-(-config.training.num_steps * per_step // once.num_rows),
+    )
+    steps = TextSteps(rows, rows_per_step=per_step)
+    if not config.training.evaluate_every:
+        return steps, ()
+    held_out = TokenRows(
+        folder / text.validation_split, length=text.length, documents=text.documents
+    )
+    if len(held_out) < text.validation_rows:
+        raise ValueError(
+            f"{held_out.split.folder} has {len(held_out)} rows of {text.length} tokens, "
+            f"text.validation_rows is {text.validation_rows}"
+        )
+    return steps, [held_out[index] for index in range(text.validation_rows)]
+
+
+def _summaries(
+    config: RunConfig, data: SummaryData, tokenizer: PreTrainedTokenizerBase, *, closes: bool
+) -> tuple[StepSource, Sequence[dict[str, Tensor]]]:
+    """Steps of documents with their summaries, and rows of the validation split."""
+    batches = SummaryBatches(
+        data,
+        tokenizer,
+        seed=config.seed,
+        num_steps=config.training.num_steps,
+        batch_size=rows_per_step(config, data.length),
+    )
+    steps = SummarySteps(batches, closes_prompts=closes)
+    if not config.training.evaluate_every:
+        return steps, ()
+    held_out = SummaryBatches(
+        replace(data, split=data.validation_split), tokenizer, num_steps=1, batch_size=1
+    )
+    count = min(data.validation_rows, len(held_out.examples))
+    return steps, [held_out.row(index) for index in range(count)]
+
+
+def _check_documents(model: PreTrainedModel, text: TextData) -> None:
+    """Refuse packed documents for a model that would read them as one text."""
+    knows = "document_ids" in inspect.signature(model.forward).parameters
+    if text.documents == "packed" and not knows:
+        raise ValueError(
+            f"text.documents is packed, and a {type(model).__name__} cannot keep documents of a "
+            "row apart: choose crossing or apart"
+        )

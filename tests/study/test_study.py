@@ -1,0 +1,187 @@
+"""A small study from start to end, stopped, gone on with, and what it refuses."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from drt.cli.main import main
+from drt.data import byte_tokenizer
+from drt.data.prepared import CorpusConfig, find_sources, prepare
+from drt.run_config import read_mapping
+from drt.study import Job, load_study, plan_jobs, run_job
+from drt.study.config import run_config, run_folder
+from drt.study.jobs import is_done, results_of, run_all
+from drt.study.report import Results, find, write_page
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.fixture
+def study_file(tmp_path: Path, small_model: dict[str, Any]) -> Path:
+    """Two rows, the second of which goes on from the first; some steps of 256 bytes each."""
+    for split in ("train", "test"):
+        (tmp_path / "texts" / split).mkdir(parents=True)
+        for number in range(4):
+            text = f"text {number}: " + "so it goes, and on it goes. " * 20
+            (tmp_path / "texts" / split / f"{number}.txt").write_text(text)
+    config = CorpusConfig(tokenizer="bytes")
+    sources = find_sources(config, [tmp_path / "texts"])
+    prepare(config, byte_tokenizer(), sources, tmp_path / "prepared")
+    training = {"num_steps": 4, "tokens_per_step": 256, "warmup_steps": 1, "evaluate_every": 0}
+    base = {
+        "output_dir": "unused",
+        "model": small_model,
+        "text": {"corpus": "{corpus}", "length": 128, "documents": "crossing"},
+        "training": {**training, "log_every": 1},
+    }
+    perplexity = {"data": "{corpus}/test", "mode": "sliding", "lengths": [32, 128], "stride": 16}
+    curve = {"measurement": "test", "values": "rows"}
+    study = {
+        "title": "A small study",
+        "base": "base.yaml",
+        "parameters": {"corpus": str(tmp_path / "prepared")},
+        "rows": {
+            "window": {"model": {"retrieval_groups": []}},
+            "more of it": {"initial": {"row": "window"}, "model": {}},
+        },
+        "seeds": [0, 1],
+        "measurements": {"test": {"task": "perplexity", "settings": perplexity}},
+        "columns": {
+            "at 128": {
+                "measurement": "test",
+                "value": "rows.length=128.perplexity",
+                "paper": {"window": 13.5},
+            }
+        },
+        "comparisons": [["more of it", "window"]],
+        "curves": {"by length": {**curve, "x": "length", "y": "perplexity"}},
+    }
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    return tmp_path / "small.yaml"
+
+
+def test_a_study_makes_its_page_and_goes_on_where_it_was(study_file: Path) -> None:
+    study, folder = load_study(study_file, ["seeds=[0]"]), study_file.parent / "runs"
+    first, second = plan_jobs(study)
+    assert (first, second) == (Job("window", 0), Job("more of it", 0))
+    run_job(study, first, folder)
+    assert is_done(study, first, folder)
+    assert not is_done(study, second, folder)
+    page = study_file.parent / "small.md"
+    write_page(study, folder, page, command="drt study small")
+    assert "Not all runs are done" in page.read_text()
+    file = run_folder(folder, "window", 0) / "results.json"
+    stamps = [file.stat().st_mtime_ns]
+    run_job(study, first, folder)
+    run_job(study, second, folder)
+    # What was there was not made again.
+    assert [file.stat().st_mtime_ns] == stamps
+    write_page(study, folder, page, command="drt study small")
+    text = page.read_text()
+    results = Results(study, folder)
+    perplexity = find(results.record("window", 0, "test"), "rows.length=128.perplexity")
+    assert f"{perplexity:.3f} \\| 13.5" in text.replace("**", "")
+    assert "more of it / window" in text
+    assert "Not all runs" not in text
+    assert (page.parent / "small-by-length.png").stat().st_size > 1000
+
+
+def test_other_settings_are_measured_again_without_training_again(study_file: Path) -> None:
+    study, folder = load_study(study_file, ["seeds=[0]"]), study_file.parent / "runs"
+    job = Job("window", 0)
+    run_job(study, job, folder)
+    weights = run_folder(folder, "window", 0) / "model" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    other = load_study(study_file, ["measurements.test.settings.stride=8", "seeds=[0]"])
+    assert results_of(other, job, folder) == {}
+    run_job(other, job, folder)
+    assert is_done(other, job, folder)
+    assert weights.stat().st_mtime_ns == before
+
+
+def test_the_command_runs_all_in_processes_of_their_own(
+    study_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, page = study_file.parent / "runs", study_file.parent / "page.md"
+    words = ["study", str(study_file), "seeds=[0]", "--output", str(folder), "--page", str(page)]
+    assert main([*words, "--workers", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "window, seed 0: done" in out
+    assert "more of it, seed 0: done" in out
+    assert "A small study" in page.read_text()
+    assert (folder / "window" / "seed-0-log.txt").is_file()
+
+
+def test_a_run_that_fails_is_named_and_others_go_on(
+    study_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = yaml.safe_load(study_file.read_text())
+    data["rows"] = {"wrong": {"model": {"retrieval_topk": 0}}, "window": data["rows"]["window"]}
+    data["comparisons"] = []
+    study_file.write_text(yaml.safe_dump(data, sort_keys=False))
+    folder, page = study_file.parent / "runs", study_file.parent / "page.md"
+    words = ["study", str(study_file), "seeds=[0]", "--output", str(folder), "--page", str(page)]
+    assert main(words) == 2
+    assert "1 runs failed: wrong 0, exit status 2" in capsys.readouterr().err
+    log = (folder / "wrong" / "seed-0-log.txt").read_text()
+    assert "retrieval_topk must be at least 1, got 0" in log
+    assert "| window |" in page.read_text()
+
+
+def test_a_row_whose_source_failed_is_not_waited_for(study_file: Path) -> None:
+    study, folder = load_study(study_file, ["seeds=[0]"]), study_file.parent / "runs"
+    ended = list(run_all(study, folder, num_workers=2, command=lambda _: ["-c", "exit(3)"]))
+    assert [(job.row, status) for job, _, status in ended] == [("window", 3)]
+
+
+def test_a_row_may_be_measured_otherwise(study_file: Path) -> None:
+    study = load_study(study_file, ["exceptions.window.test={lengths: [64]}", "seeds=[0]"])
+    job, folder = Job("window", 0), study_file.parent / "runs"
+    run_job(study, job, folder)
+    record = results_of(study, job, folder)["test"]
+    assert [row["length"] for row in record["rows"]] == [64]
+    assert results_of(load_study(study_file, []), job, folder) == {}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("columns.x={measurement: tset, value: a}", "shows 'tset', which is not among"),
+        ("comparisons=[[window, wall]]", "a comparison names two rows"),
+        ("rows.more of it.initial={row: wind}", "begins with 'wind', which is no row"),
+        ("rows={}", "rows is empty"),
+        ("exceptions.window.tset={}", "an exception names a row and its measurements"),
+        ("sedes=[0]", "unknown key sedes; did you mean seeds"),
+    ],
+)
+def test_wrong_studies_are_refused(study_file: Path, override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_study(study_file, [override])
+
+
+def test_records_are_searched_by_key_number_and_entry() -> None:
+    record = {"rows": [{"length": 8, "x": 1.5}, {"length": 16, "x": 2.5}]}
+    assert find(record, "rows.1.x") == 2.5
+    assert find(record, "rows.length=8.x") == 1.5
+    assert find(record, "rows.length=9.x") is None
+    assert find(record, "rows.7.x") is None
+    assert find(record, "") == record
+
+
+@pytest.mark.parametrize(
+    "path", sorted((CONFIGS / "studies").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_every_row_of_a_shipped_study_is_a_run(path: Path, tmp_path: Path) -> None:
+    from drt.architectures import make_config
+
+    study = load_study(path, [])
+    base = read_mapping(Path(study.base))
+    for row in study.rows:
+        config = run_config(study, base, row, 3, tmp_path)
+        assert config.seed == 3
+        # Fields beside those of another row are checked when there is one.
+        if config.initial is None:
+            assert make_config(config.model, byte_tokenizer()).vocab_size == 258
