@@ -22,7 +22,7 @@ from drt.memory.files import write_whole
 from drt.run_config import CONFIG_FILE, RunConfig, read_mapping
 from drt.study.config import Measurement, StudyConfig, run_config, run_folder
 from drt.training import train
-from drt.training.run import FINAL_FOLDER, is_finished, training_seconds
+from drt.training.folder import FINAL_FOLDER, is_finished, training_seconds
 
 RESULTS_FILE = "results.json"
 """In a run's folder: what was measured, with the settings it was measured with."""
