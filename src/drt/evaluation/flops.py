@@ -16,8 +16,8 @@ def count_flops(call: Callable[[], object]) -> int:
 
     PyTorch's counter, which counts what is multiplied: fused attention as if no key were masked,
     recomputed scores in its backward too, nothing elementwise; formulas of our operators are in
-    `drt.ops.flops`. Sliding-window attention runs in blocks meanwhile, since the fused ones do not tell their
-    window. Code that was compiled before is not seen.
+    `drt.ops.flops`. Sliding-window attention runs in blocks meanwhile, since the fused ones do not
+    tell their window. Code that was compiled before is not seen.
 
     Args:
         call: what to run and count.
