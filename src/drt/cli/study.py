@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -55,18 +56,23 @@ def run(options: argparse.Namespace) -> None:
         return
     failed = [] if options.page_only else _run_all(study, folder, options)
     page = options.page or Path("docs/results") / f"{path.stem}.md"
-    write_page(study, folder, page, command=_command(options))
-    print(f"page: {page}\nruns: {folder}")
-    if failed:
-        raise ValueError(f"{len(failed)} runs failed: {'; '.join(failed)}")
+    problems = [f"{len(failed)} runs failed: {'; '.join(failed)}"] if failed else []
+    try:
+        write_page(study, folder, page, command=_command(options))
+        print(f"page: {page}\nruns: {folder}")
+    except ValueError as error:
+        problems.append(str(error))
+    if problems:
+        raise ValueError("; ".join(problems))
 
 
 def _run_all(study: Any, folder: Path, options: argparse.Namespace) -> list[str]:
     """Run what is left; which runs failed."""
-    from drt.study.jobs import plan_jobs, run_all
+    from drt.study.jobs import check_jobs, plan_jobs, run_all
 
     if options.workers < 1:
         raise ValueError(f"--workers must be at least 1, got {options.workers}")
+    check_jobs(study, folder)
     failed = []
     print(f"{len(plan_jobs(study))} runs in {folder}, what they say in <row>/seed-<n>-log.txt")
     for job, seconds, status in run_all(
@@ -88,4 +94,4 @@ def _words(job: Any, folder: Path, options: argparse.Namespace) -> list[str]:
 
 def _command(options: argparse.Namespace) -> str:
     words = ["drt", "study", options.study, *options.overrides]
-    return " ".join([*words, *(["--workers", str(options.workers)] * (options.workers > 1))])
+    return shlex.join([*words, *(["--workers", str(options.workers)] * (options.workers > 1))])

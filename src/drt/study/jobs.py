@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from drt.architectures import check_fields
 from drt.checkpoints import load_checkpoint
 from drt.evaluation.tasks import make_task
 from drt.memory.files import write_whole
-from drt.run_config import CONFIG_FILE, read_mapping
+from drt.run_config import CONFIG_FILE, RunConfig, load_config, read_mapping
 from drt.study.config import Measurement, StudyConfig, run_config, run_folder
 from drt.training import train
-from drt.training.run import FINAL_FOLDER, is_finished, training_seconds
+from drt.training.run import FINAL_FOLDER, METRICS_FILE, is_finished, training_seconds
 
 RESULTS_FILE = "results.json"
 """In a run's folder: what was measured, with the settings it was measured with."""
@@ -50,8 +54,84 @@ def results_of(study: StudyConfig, job: Job, folder: Path) -> dict[str, Any]:
         name: stored[name]["record"]
         for name in study.measurements
         if name in stored
-        and stored[name]["measurement"] == asdict(study.measurement_of(job.row, name))
+        and stored[name]["measurement"] == _as_stored(study.measurement_of(job.row, name))
     }
+
+
+def _as_stored(measurement: Measurement) -> dict[str, Any]:
+    """What JSON makes of it: keys that are texts, lists."""
+    return json.loads(json.dumps(asdict(measurement)))
+
+
+def check_jobs(study: StudyConfig, folder: Path) -> None:
+    """Refuse, before hours of training, what would fail after them.
+
+    Args:
+        study: the study.
+        folder: where its runs are kept.
+
+    Raises:
+        ValueError: a row or a measurement has a wrong setting, or there is a run that was trained
+            with another configuration than its row has now.
+        ImportError: a measurement needs a library that is not installed.
+    """
+    base = read_mapping(Path(study.base))
+    for row in study.rows:
+        for name in study.measurements:
+            measurement = study.measurement_of(row, name)
+            make_task(measurement.task, measurement.settings)
+        try:
+            config = run_config(study, base, row, study.seeds[0], folder)
+            if config.initial is None:
+                check_fields(config.model)
+        except ValueError as error:
+            raise ValueError(f"row {row!r}: {error}") from error
+    for job in plan_jobs(study):
+        check_configuration(study, base, job, folder)
+
+
+def check_configuration(
+    study: StudyConfig, base: dict[str, Any], job: Job, folder: Path
+) -> RunConfig:
+    """The configuration of a run, which must be that with which it was begun, if it was.
+
+    The folder that all runs are kept in may have moved since, and `evaluation` is not looked at.
+
+    Raises:
+        ValueError: it was begun with another one; some differences are named.
+    """
+    config = run_config(study, base, job.row, job.seed, folder)
+    file = Path(config.output_dir) / CONFIG_FILE
+    if not file.is_file():
+        return config
+    before, now = _comparable(load_config(file)), _comparable(config)
+    other = [
+        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    ]
+    if other:
+        raise ValueError(
+            f"row {job.row!r}, seed {job.seed}, was trained with another configuration: "
+            f"{'; '.join(other[:3])}. Remove {file.parent}, or give the row another name"
+        )
+    return config
+
+
+def _comparable(config: RunConfig) -> dict[str, Any]:
+    """What a run follows from, key by key: all but where it is kept and what is asked of it."""
+    found = asdict(config)
+    del found["evaluation"], found["output_dir"]
+    if config.initial is not None:
+        found["initial"] = Path(config.initial).parts[-2:]
+    return _flat(found)
+
+
+def _flat(mapping: dict[str, Any], where: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        flat |= _flat(value, f"{where}{key}.") if isinstance(value, dict) else {where + key: value}
+    return flat
 
 
 def is_done(study: StudyConfig, job: Job, folder: Path) -> bool:
@@ -63,10 +143,37 @@ def is_done(study: StudyConfig, job: Job, folder: Path) -> bool:
 def run_job(study: StudyConfig, job: Job, folder: Path) -> None:
     """Train a run and measure it, as far as that was not done before.
 
+    While another process works on the run, this one waits.
+
     Raises:
         ValueError: the run's configuration is another than the one it was trained with.
     """
-    config = run_config(study, read_mapping(Path(study.base)), job.row, job.seed, folder)
+    with alone(job, folder):
+        _run_job(study, job, folder)
+
+
+@contextmanager
+def alone(job: Job, folder: Path) -> Iterator[None]:
+    """Wait until no other process works on a run: that of a study that was killed may still do so.
+
+    Args:
+        job: the run.
+        folder: where the study's runs are kept.
+    """
+    here = run_folder(folder, job.row, job.seed)
+    here.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the run's folder, which a new run wants empty. It ends with the process.
+    with here.with_name(f"{here.name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another process works on {here}: waiting until it has ended", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _run_job(study: StudyConfig, job: Job, folder: Path) -> None:
+    config = check_configuration(study, read_mapping(Path(study.base)), job, folder)
     here = Path(config.output_dir)
     if not is_finished(here):
         resume = (here / CONFIG_FILE).is_file()
@@ -85,27 +192,38 @@ def run_job(study: StudyConfig, job: Job, folder: Path) -> None:
 
 def _store(file: Path, name: str, measurement: Measurement, record: dict[str, Any]) -> None:
     stored = json.loads(file.read_text()) if file.is_file() else {}
-    stored[name] = {"measurement": asdict(measurement), "record": record}
+    stored[name] = {"measurement": _as_stored(measurement), "record": record}
     write_whole(file, json.dumps(stored, indent=1))
 
 
-def facts_of(study: StudyConfig, job: Job, folder: Path) -> dict[str, Any]:
+class Facts(NamedTuple):
+    """What is told of a finished run beside its measurements."""
+
+    num_parameters: int
+    """Numbers in its saved weights; tied ones count once."""
+    seconds: float | None
+    """Wall seconds of its training; None where it logged nothing."""
+
+
+def facts_of(job: Job, folder: Path) -> Facts:
     """Size and time of a finished run."""
     here = run_folder(folder, job.row, job.seed)
-    lines = (here / "metrics.jsonl").read_text().splitlines()
-    losses = [json.loads(line) for line in lines]
-    return {
-        "seconds": training_seconds(here),
-        "parameters": _num_parameters(here / FINAL_FOLDER),
-        "loss": next(line["loss"] for line in reversed(losses) if "loss" in line),
-    }
+    has_logged = (here / METRICS_FILE).stat().st_size > 0
+    return Facts(
+        num_parameters=_num_parameters(here / FINAL_FOLDER),
+        seconds=training_seconds(here) if has_logged else None,
+    )
 
 
 def _num_parameters(folder: Path) -> int:
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
-    files = folder.glob("*.safetensors")
-    return sum(each.numel() for file in files for each in load_file(file).values())
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        # Their shapes only: the weights of all runs of a study may be many.
+        with safe_open(path, framework="pt") as file:
+            count += sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return count
 
 
 def run_all(
