@@ -18,7 +18,7 @@ from drt.modeling import DRTForCausalLM
 from drt.precision import autocast, uses_bfloat16
 from drt.run_config import CONFIG_FILE
 from drt.training import RunConfig, train
-from drt.training.run import (
+from drt.training.folder import (
     FINAL_FOLDER,
     check_same_run,
     is_finished,

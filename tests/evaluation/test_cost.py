@@ -17,11 +17,12 @@ from drt import DRTForCausalLM
 from drt.checkpoints import Checkpoint
 from drt.data.tokenization import byte_tokenizer
 from drt.evaluation.cost import CostTask
-from drt.evaluation.flops import count_flops, cross_attention_flops
+from drt.evaluation.flops import count_flops
 from drt.evaluation.held_bytes import held_bytes
 from drt.evaluation.length_figures import draw_cost, draw_perplexity
 from drt.evaluation.memory import peak_growth, resident_bytes
 from drt.evaluation.reading import start_reading
+from drt.ops.flops import cross_attention
 from drt.ops.gca import grouped_cross_attention
 from drt.run_config import build
 from drt.testing import tiny_config
@@ -170,7 +171,7 @@ def test_flops_of_kernels_are_those_of_the_reference() -> None:
         lambda: grouped_cross_attention(query, key, value, indices, weights, backend="reference")
     )
     shapes = (tensor.shape for tensor in (query, key, value, indices, weights))
-    by_formula = cross_attention_flops(*shapes)
+    by_formula = cross_attention(*shapes)
     assert by_formula == 4 * 2 * 3 * 16 * 4 * 8 * 2 * 16
     # The reference weighs chunks with a product of K terms for each of the outputs as well.
     assert by_formula <= counted <= by_formula + 2 * 2 * 3 * 16 * 4 * 8 * 2

@@ -117,6 +117,14 @@ def test_the_command_runs_all_in_processes_of_their_own(
     assert (folder / "window" / "seed-0-log.txt").is_file()
 
 
+def test_several_processes_train_a_run(study_file: Path) -> None:
+    folder, page = study_file.parent / "runs", study_file.parent / "page.md"
+    words = ["study", str(study_file), "seeds=[0]", "--output", str(folder), "--page", str(page)]
+    assert main([*words, "--processes", "2"]) == 0
+    assert "--processes 2" in page.read_text()
+    assert "Not all runs" not in page.read_text()
+
+
 def test_a_run_that_fails_is_named_and_others_go_on(
     study_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -261,11 +269,11 @@ def test_runs_too_short_for_a_line_of_metrics_have_a_page(study_file: Path) -> N
     (study_file.parent / "base.yaml").write_text(yaml.safe_dump(base))
     study, folder = load_study(study_file, ["seeds=[0]"]), study_file.parent / "runs"
     run_job(study, Job("window", 0), folder)
-    assert facts_of(Job("window", 0), folder).seconds is None
+    assert facts_of(Job("window", 0), folder)["seconds"] is None
     page = study_file.parent / "page.md"
     write_page(study, folder, page, command="drt study small")
     model = load_checkpoint(run_folder(folder, "window", 0)).model
-    assert f"| window | {model.num_parameters():,} |  | 1 |" in page.read_text()
+    assert f"| window | {model.num_parameters():,} | 1.00 |  | 1 |" in page.read_text()
 
 
 def test_records_are_searched_by_key_number_and_entry() -> None:

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from drt.data import byte_tokenizer, load_corpus
-from drt.training import RunConfig, Stage, train
+from drt.training import RunConfig, Stage, speed, train
 from drt.training.batches import NeedleSteps, StepParts, needle_masks, share
 from drt.training.callbacks import PROGRESS_FILE, latest_checkpoint
 from drt.training.curriculum import LEAD_STEPS, SETTLING_STEPS, Curriculum
@@ -19,7 +19,7 @@ from drt.training.curriculum import LEAD_STEPS, SETTLING_STEPS, Curriculum
 
 def metrics(config: RunConfig) -> list[dict[str, Any]]:
     lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
-    timed = {"seconds", "tokens_per_second"}
+    timed = {"seconds", "tokens_per_second", "tflops"}
     return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
 
 
@@ -87,8 +87,13 @@ def test_a_run_leaves_what_is_needed_to_use_and_repeat_it(run_config: RunConfig)
 
 
 def test_a_run_may_hold_the_logits_of_a_few_tokens_only(
-    run_config: RunConfig, tmp_path: Path, largest_tensor: Any
+    run_config: RunConfig,
+    tmp_path: Path,
+    largest_tensor: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Operations are counted on tensors without numbers, which hold nothing of their size.
+    monkeypatch.setattr(speed, "flops_if_known", lambda model, length: None)
     short = replace(run_config, training=replace(run_config.training, num_steps=3))
     model = {**short.model, "loss_chunk_size": 20}
     chunked = replace(short, model=model, output_dir=str(tmp_path / "chunked"))

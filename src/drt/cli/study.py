@@ -28,6 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=int, default=1, help="runs at a time, one thread each if several"
     )
+    parser.add_argument(
+        "--processes", type=int, default=1, help="processes that train one run, say one a GPU"
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--page-only", action="store_true", help="only write the page of what is there"
@@ -70,8 +73,9 @@ def _run_all(study: Any, folder: Path, options: argparse.Namespace) -> list[str]
     """Run what is left; which runs failed."""
     from drt.study.jobs import check_jobs, plan_jobs, run_all
 
-    if options.workers < 1:
-        raise ValueError(f"--workers must be at least 1, got {options.workers}")
+    for name in ("workers", "processes"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
     check_jobs(study, folder)
     failed = []
     print(f"{len(plan_jobs(study))} runs in {folder}, what they say in <row>/seed-<n>-log.txt")
@@ -86,7 +90,9 @@ def _run_all(study: Any, folder: Path, options: argparse.Namespace) -> list[str]
 
 def _words(job: Any, folder: Path, options: argparse.Namespace) -> list[str]:
     """The command line of one run, for this Python."""
+    several = ["-m", "torch.distributed.run", "--standalone"]
     return [
+        *([*several, "--nproc-per-node", str(options.processes)] if options.processes > 1 else []),
         *("-m", "drt.cli.main", "study", options.study, *options.overrides),
         *("--output", str(folder), "--only", job.row, str(job.seed)),
     ]
@@ -94,4 +100,7 @@ def _words(job: Any, folder: Path, options: argparse.Namespace) -> list[str]:
 
 def _command(options: argparse.Namespace) -> str:
     words = ["drt", "study", options.study, *options.overrides]
-    return shlex.join([*words, *(["--workers", str(options.workers)] * (options.workers > 1))])
+    for name in ("workers", "processes"):
+        if getattr(options, name) > 1:
+            words += [f"--{name}", str(getattr(options, name))]
+    return shlex.join(words)

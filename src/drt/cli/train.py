@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from drt.cli.configs import find_config
 
@@ -28,4 +29,6 @@ def run(options: argparse.Namespace) -> None:
 
     config = load_config(find_config(options.config), options.overrides)
     final = train(config, resume=options.resume, overwrite=options.overwrite)
-    print(f"model: {final}\nlosses: {config.output_dir}/metrics.jsonl")
+    # torchrun starts one of these a process, and tells each its number.
+    if os.environ.get("RANK", "0") == "0":
+        print(f"model: {final}\nlosses: {config.output_dir}/metrics.jsonl")

@@ -9,23 +9,29 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from accelerate import PartialState
+
 from drt.architectures import check_fields
 from drt.checkpoints import load_checkpoint
+from drt.evaluation.flops import count_flops
 from drt.evaluation.tasks import make_task
 from drt.memory.files import write_whole
 from drt.run_config import CONFIG_FILE, RunConfig, load_config, read_mapping
 from drt.study.config import Measurement, StudyConfig, run_config, run_folder
 from drt.training import train
-from drt.training.run import FINAL_FOLDER, METRICS_FILE, is_finished, training_seconds
+from drt.training.folder import FINAL_FOLDER, METRICS_FILE, is_finished, training_seconds
 
 RESULTS_FILE = "results.json"
 """In a run's folder: what was measured, with the settings it was measured with."""
+
+FACTS_FILE = "facts.json"
+"""In a run's folder: how large the model is, and what a token of training takes."""
 
 LOG_FILE = "log.txt"
 
@@ -121,7 +127,8 @@ def check_configuration(
 def _comparable(config: RunConfig) -> dict[str, Any]:
     """What a run follows from, key by key: all but where it is kept and what is asked of it."""
     found = asdict(config)
-    del found["evaluation"], found["output_dir"]
+    # Another number of processes takes other micro-batches for the same steps.
+    del found["evaluation"], found["output_dir"], found["training"]["num_micro_batches"]
     if config.initial is not None:
         found["initial"] = Path(config.initial).parts[-2:]
     return _flat(found)
@@ -136,19 +143,24 @@ def _flat(mapping: dict[str, Any], where: str = "") -> dict[str, Any]:
 
 def is_done(study: StudyConfig, job: Job, folder: Path) -> bool:
     """Whether nothing is left to do for a run."""
-    trained = is_finished(run_folder(folder, job.row, job.seed))
-    return trained and len(results_of(study, job, folder)) == len(study.measurements)
+    here = run_folder(folder, job.row, job.seed)
+    measured = len(results_of(study, job, folder)) == len(study.measurements)
+    return is_finished(here) and (here / FACTS_FILE).is_file() and measured
 
 
 def run_job(study: StudyConfig, job: Job, folder: Path) -> None:
     """Train a run and measure it, as far as that was not done before.
 
-    While another process works on the run, this one waits.
+    Under torchrun all processes train, and the first one measures. While another study works on
+    the run, this one waits.
 
     Raises:
         ValueError: the run's configuration is another than the one it was trained with.
     """
-    with alone(job, folder):
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    with alone(job, folder) if processes.is_main_process else nullcontext():
+        # All processes must see the run as it is once it is ours.
+        processes.wait_for_everyone()
         _run_job(study, job, folder)
 
 
@@ -178,16 +190,18 @@ def _run_job(study: StudyConfig, job: Job, folder: Path) -> None:
     if not is_finished(here):
         resume = (here / CONFIG_FILE).is_file()
         train(config, resume=resume, title=f"train {job.row} {job.seed}")
-    missing = study.measurements.keys() - results_of(study, job, folder).keys()
-    if missing:
-        checkpoint = load_checkpoint(here / FINAL_FOLDER)
-        for name in study.measurements:
-            if name in missing:
-                measurement = study.measurement_of(job.row, name)
-                task = make_task(measurement.task, measurement.settings)
-                with checkpoint.autocast():
-                    record = task.evaluate(checkpoint, title=f"{job.row}: {name}")
-                _store(here / RESULTS_FILE, name, measurement, record)
+    if not PartialState().is_main_process or is_done(study, job, folder):
+        return
+    checkpoint = load_checkpoint(here / FINAL_FOLDER)
+    if not (here / FACTS_FILE).is_file():
+        write_whole(here / FACTS_FILE, json.dumps(_facts(checkpoint.model, config)))
+    done = results_of(study, job, folder)
+    for name in study.measurements:
+        if name not in done:
+            measurement = study.measurement_of(job.row, name)
+            task = make_task(measurement.task, measurement.settings)
+            record = task.evaluate(checkpoint, title=f"{job.row}: {name}")
+            _store(here / RESULTS_FILE, name, measurement, record)
 
 
 def _store(file: Path, name: str, measurement: Measurement, record: dict[str, Any]) -> None:
@@ -196,34 +210,22 @@ def _store(file: Path, name: str, measurement: Measurement, record: dict[str, An
     write_whole(file, json.dumps(stored, indent=1))
 
 
-class Facts(NamedTuple):
-    """What is told of a finished run beside its measurements."""
-
-    num_parameters: int
-    """Numbers in its saved weights; tied ones count once."""
-    seconds: float | None
-    """Wall seconds of its training; None where it logged nothing."""
-
-
-def facts_of(job: Job, folder: Path) -> Facts:
-    """Size and time of a finished run."""
+def facts_of(job: Job, folder: Path) -> dict[str, Any]:
+    """Size, operations and time of a finished run."""
     here = run_folder(folder, job.row, job.seed)
-    has_logged = (here / METRICS_FILE).stat().st_size > 0
-    return Facts(
-        num_parameters=_num_parameters(here / FINAL_FOLDER),
-        seconds=training_seconds(here) if has_logged else None,
-    )
+    # A run of fewer steps than are between two lines has logged nothing.
+    seconds = training_seconds(here) if (here / METRICS_FILE).stat().st_size else None
+    return {**json.loads((here / FACTS_FILE).read_text()), "seconds": seconds}
 
 
-def _num_parameters(folder: Path) -> int:
-    from safetensors import safe_open
-
-    count = 0
-    for path in folder.glob("*.safetensors"):
-        # Their shapes only: the weights of all runs of a study may be many.
-        with safe_open(path, framework="pt") as file:
-            count += sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    return count
+def _facts(model: Any, config: RunConfig) -> dict[str, Any]:
+    """Size of a model, and operations of a forward and backward a token of a training row."""
+    ids = torch.zeros(1, config.train_length, dtype=torch.int64, device=model.device)
+    model.train()
+    operations = count_flops(lambda: model(input_ids=ids, labels=ids).loss.backward())
+    model.zero_grad(set_to_none=True)
+    model.eval()
+    return {"parameters": model.num_parameters(), "flops_per_token": operations / ids.numel()}
 
 
 def run_all(

@@ -13,7 +13,7 @@ from drt.evaluation.document_losses import paired_difference
 from drt.run_config import read_mapping
 from drt.study.config import Column, StudyConfig, slug
 from drt.study.figures import draw_curve
-from drt.study.jobs import Facts, Job, check_configuration, facts_of, is_done, plan_jobs, results_of
+from drt.study.jobs import Job, check_configuration, facts_of, is_done, plan_jobs, results_of
 from drt.version import __version__
 
 NONE = ""
@@ -52,8 +52,8 @@ class Results:
         """The same of all seeds that are done."""
         return [self.record(row, seed, measurement) for seed in self.done[row]]
 
-    def facts(self, row: str) -> list[Facts]:
-        """Size and time of the runs of a row."""
+    def facts(self, row: str) -> list[dict[str, Any]]:
+        """Size, operations and time of the runs of a row."""
         return [facts_of(Job(row, seed), self.folder) for seed in self.done[row]]
 
 
@@ -134,25 +134,34 @@ def _made_by(results: Results, command: str) -> str:
 
 def _table(results: Results) -> str:
     study = results.study
-    head = ["model", "parameters", "training, s", "seeds", *study.columns]
+    head = ["model", "parameters", "cost", "training, s", "seeds", *study.columns]
     rows = [head, ["---"] * len(head)]
     best = {title: _best(results, column) for title, column in study.columns.items()}
     for row in study.rows:
-        facts = results.facts(row)
-        seconds = [each.seconds for each in facts if each.seconds is not None]
-        cells = [row.replace("|", "\\|")]
-        cells.append(f"{facts[0].num_parameters:,}" if facts else NONE)
-        cells.append(f"{fmean(seconds):,.0f}" if seconds else NONE)
-        cells.append(f"{len(facts)}")
+        cells = [row.replace("|", "\\|"), *_facts(results, row)]
         for title, column in study.columns.items():
             cells.append(_cell(results, row, column, is_best=best[title] == row))
         rows.append(cells)
     note = (
         "Means over the seeds, in brackets the lowest and the highest where there are several; "
         "the paper's figure, of its own size and data, behind a bar. The best mean is bold. "
-        "Training seconds are wall time beside other runs."
+        "Cost: operations of training on a token, of those of the first row. Training seconds are "
+        "wall time beside other runs."
     )
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows) + f"\n\n{note}"
+
+
+def _facts(results: Results, row: str) -> list[str]:
+    """Parameters, cost, seconds and number of seeds."""
+    facts, first = results.facts(row), results.facts(next(iter(results.study.rows)))
+    if not facts:
+        return [NONE, NONE, NONE, "0"]
+    cost = NONE
+    if first:
+        cost = f"{facts[0]['flops_per_token'] / first[0]['flops_per_token']:.2f}"
+    seconds = [each["seconds"] for each in facts if each["seconds"] is not None]
+    shown = f"{fmean(seconds):,.0f}" if seconds else NONE
+    return [f"{facts[0]['parameters']:,}", cost, shown, str(len(facts))]
 
 
 def _values(results: Results, row: str, column: Column) -> list[float]:

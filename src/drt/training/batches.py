@@ -34,7 +34,7 @@ class StepSource(Protocol):
         ...
 
 
-class StepParts(Dataset[Batch]):
+class StepParts(Dataset[dict[str, Any]]):
     """The parts of all steps, one after another.
 
     Args:
@@ -50,8 +50,8 @@ class StepParts(Dataset[Batch]):
     def __len__(self) -> int:
         return self.num_steps * self.num_parts
 
-    def __getitem__(self, index: int) -> Batch:
-        """Part `index`: its rows, with `step` and `index` as scalars."""
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Part `index`: its rows, with `step` and `index`, which stay numbers of the host."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         step, part = divmod(index, self.num_parts)
@@ -60,7 +60,7 @@ class StepParts(Dataset[Batch]):
         rows = self._kept[1]
         size = len(rows["input_ids"]) // self.num_parts
         chosen = {name: each[part * size : (part + 1) * size] for name, each in rows.items()}
-        return {**chosen, "step": torch.tensor(step), "index": torch.tensor(index)}
+        return {**chosen, "step": step, "index": index}
 
 
 class NeedleSteps:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from tqdm import tqdm
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
@@ -65,7 +66,8 @@ class ProgressCheckpoint(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Write progress.json beside the weights."""
+        """Write progress.json beside the weights, when all processes have written theirs."""
+        PartialState().wait_for_everyone()
         if not state.is_world_process_zero:
             return
         file = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / PROGRESS_FILE

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
 from drt.data import Corpus
 from drt.evaluation.needles import evaluate_needles
 from drt.loss import IGNORED
+from drt.modeling import DRTForCausalLM
 from drt.precision import autocast
 from drt.run_config import RunConfig
 from drt.training.trainer import RunTrainer
@@ -29,12 +31,25 @@ class NeedleEvaluation(TrainerCallback):
     def __init__(self, trainer: RunTrainer, config: RunConfig, corpus: Corpus) -> None:
         self.trainer, self.config, self.corpus = trainer, config, corpus
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Let a model in shards gather its own parameters where a text is read, as in forward."""
+        model = self.trainer.model
+        if isinstance(model, FSDPModule) and isinstance(model, DRTForCausalLM):
+            register_fsdp_forward_method(model, "read")
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Evaluate every `evaluate_every` steps."""
         if state.global_step % self.config.training.evaluate_every:
             return
+        with self.trainer.speed.pause():
+            scores = self._scores()
+        _log_beside(self.trainer, scores)
+
+    def _scores(self) -> dict[str, float]:
         model: Any = self.trainer.model
         evaluation, scores = self.config.evaluation, {}
         for name, task in (("single", evaluation.single), ("multi", evaluation.multi)):
@@ -49,7 +64,7 @@ class NeedleEvaluation(TrainerCallback):
                 )
             scores[f"{name}_exact_match"] = score.exact_match
         model.train()
-        _log_beside(self.trainer, scores)
+        return scores
 
 
 class ValidationLoss(TrainerCallback):
@@ -68,24 +83,29 @@ class ValidationLoss(TrainerCallback):
     ) -> None:
         self.trainer, self.rows, self.every = trainer, rows, every
 
-    @torch.no_grad()
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Measure at every `every`-th step and the last."""
         if state.global_step % self.every and state.global_step != state.max_steps:
             return
+        with self.trainer.speed.pause():
+            loss = self._loss(args.device)
+        _log_beside(self.trainer, {"validation_loss": loss})
+
+    @torch.no_grad()
+    def _loss(self, device: torch.device) -> float:
         model: Any = self.trainer.model_wrapped
         total, count = 0.0, 0
         model.eval()
         for each in self.rows:
-            row = {name: values[None].to(args.device) for name, values in each.items()}
+            row = {name: values[None].to(device) for name, values in each.items()}
             with self.trainer.compute_loss_context_manager():
                 _, losses = self.trainer.token_losses(model, row)
             total += float(losses.double().sum())
             count += int((row["labels"][:, 1:] != IGNORED).sum())
         model.train()
-        _log_beside(self.trainer, {"validation_loss": total / count})
+        return total / count
 
 
 def _log_beside(trainer: RunTrainer, scores: dict[str, float]) -> None:

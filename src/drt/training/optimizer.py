@@ -50,8 +50,10 @@ class MuonWithAdamW(Optimizer):
         return [*self.muon.param_groups, *self.adamw.param_groups]
 
     def _share_groups(self) -> None:
-        # The very same dictionaries: a scheduler that writes a rate here writes it there.
+        # The very same dictionaries: a scheduler that writes a rate here writes it there, and
+        # checkpoints of shards find the state where every optimizer of PyTorch has it.
         self.param_groups = self._parts_groups()
+        self.muon.state = self.adamw.state = self.state
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -61,14 +63,12 @@ class MuonWithAdamW(Optimizer):
         self.muon.step()
         self.adamw.step()
 
-    def state_dict(self) -> dict[str, Any]:
-        """The state of both."""
-        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self.muon.load_state_dict(state_dict["muon"])
-        self.adamw.load_state_dict(state_dict["adamw"])
+        super().load_state_dict(state_dict)
+        count = len(self.muon.param_groups)
+        self.muon.param_groups = self.param_groups[:count]
+        self.adamw.param_groups = self.param_groups[count:]
         self._share_groups()
 
 

@@ -2,73 +2,98 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from drt.retrieval import Retrieval
 
+OF_LANDMARKS = ("entropy", "top_weight", "distance")
+
 
 class RetrievalMetrics:
-    """Means over the retrievals of some forwards, by retrieval group.
+    """What the landmarks of some forwards retrieved, by retrieval group.
 
-    Only landmarks that had a choice count: those with more candidates than they may retrieve.
-    Numbers are those of this process.
+    Only landmarks that had a choice count: those with more candidates than they may retrieve. Their
+    means are
+
+    - entropy: of the weights, nats, up to ln K;
+    - top_weight: the largest weight;
+    - distance: chunks back, weighted;
+    - dead_chunks: of the chunks that some of them might have retrieved, the share that none did.
+
+    Args:
+        num_groups: retrieval groups of the model; 0 where nothing is retrieved.
     """
 
-    def __init__(self) -> None:
-        self._sums: list[dict[str, float]] = []
-        self._count = 0
+    def __init__(self, num_groups: int) -> None:
+        # Sums over landmarks and their number; dead chunks and the number of candidates.
+        self._sums = torch.zeros(num_groups, len(OF_LANDMARKS) + 3, dtype=torch.float64)
 
     def add(self, retrievals: tuple[Retrieval, ...]) -> None:
         """Take in what the groups of one forward retrieved."""
-        measured = [_measure(retrieval) for retrieval in retrievals]
-        if any(not each for each in measured):
-            return
-        if not self._sums:
-            self._sums = [dict.fromkeys(each, 0.0) for each in measured]
-        for sums, each in zip(self._sums, measured, strict=True):
-            for name, value in each.items():
-                sums[name] += value
-        self._count += 1
+        for sums, retrieval in zip(self._sums, retrievals, strict=True):
+            sums += _sums(retrieval).cpu()
 
-    def take(self) -> dict[str, float]:
-        """The means since the last call, `retrieval_<what>_<group>`; nothing if there were none."""
-        means = {
-            f"retrieval_{name}_{group}": round(value / self._count, 4)
-            for group, sums in enumerate(self._sums)
-            for name, value in sums.items()
-        }
-        self._sums, self._count = [], 0
+    def take(self, over_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The means since the last call, `retrieval_<what>_<group>`; nothing if there were none.
+
+        Args:
+            over_processes: adds up a tensor over the processes; all of them call this together.
+        """
+        if not len(self._sums):
+            return {}
+        totals = over_processes(self._sums).tolist()
+        self._sums = torch.zeros_like(self._sums)
+        means: dict[str, float] = {}
+        for group, (*sums, landmarks, dead, candidates) in enumerate(totals):
+            if landmarks:
+                for name, total in zip(OF_LANDMARKS, sums, strict=True):
+                    means[f"retrieval_{name}_{group}"] = round(total / landmarks, 4)
+                means[f"retrieval_dead_chunks_{group}"] = round(dead / candidates, 4)
         return means
 
 
 @torch.no_grad()
-def _measure(retrieval: Retrieval) -> dict[str, float]:
-    """Of (B, n, K) retrievals of n chunks a row.
+def _sums(retrieval: Retrieval) -> Tensor:
+    """What `RetrievalMetrics` adds up, of (B, n, K) retrievals of n chunks a row."""
+    choosing = _choosing(retrieval.indices)
+    indices, weights = retrieval.indices[choosing], retrieval.weights[choosing].double()
+    numbers = torch.arange(choosing.shape[1], device=choosing.device).expand(choosing.shape)
+    distances = (numbers[choosing][:, None] - indices) * weights
+    return torch.stack(
+        [
+            torch.special.entr(weights).sum(),
+            weights.amax(-1).sum(),
+            distances.sum(),
+            choosing.sum().double(),
+            *_dead(retrieval.indices, choosing),
+        ]
+    )
 
-    entropy: of the weights, nats, up to ln K; top_weight: the largest weight; distance: chunks
-    back, weighted; dead_chunks: share of the chunks that no landmark of the row retrieved.
+
+def _choosing(indices: Tensor) -> Tensor:
+    """(B, n) bool: landmarks with more candidates than they may retrieve.
+
+    In a document each landmark has one candidate more than the one before it: the first that
+    retrieves K chunks had no other.
     """
-    count, topk = retrieval.indices.shape[1:]
-    if count <= topk + 1:
-        return {}
-    # Landmark c has c candidates.
-    chosen = slice(topk + 1, None)
-    indices, weights = retrieval.indices[:, chosen], retrieval.weights[:, chosen].float()
-    numbers = torch.arange(topk + 1, count, device=indices.device)
-    found = indices >= 0
-    entropy = torch.special.entr(weights).sum(-1)
-    distance = ((numbers[:, None] - indices) * found * weights).sum(-1)
-    return {
-        "entropy": float(entropy.mean()),
-        "top_weight": float(weights.amax(-1).mean()),
-        "distance": float(distance.mean()),
-        "dead_chunks": _dead(indices, count),
-    }
+    full = (indices >= 0).all(-1)
+    return full & F.pad(full, (1, 0))[:, :-1]
 
 
-def _dead(indices: Tensor, count: int) -> float:
-    """Share of the chunks but the last, which nobody can retrieve, that no landmark retrieved."""
-    used = torch.zeros(len(indices), count + 1, device=indices.device)
-    used.scatter_(1, indices.flatten(1).clamp_min(-1) + 1, 1.0)
-    return float(1 - used[:, 1:count].mean())
+def _dead(indices: Tensor, choosing: Tensor) -> tuple[Tensor, Tensor]:
+    """How many candidates of the choosing landmarks none of them retrieved, and of how many."""
+    count, topk = indices.shape[1:]
+    numbers = torch.arange(count, device=indices.device)
+    begins = choosing & ~F.pad(choosing, (1, 0))[:, :-1]
+    # The first landmark with a choice in a document has K + 1 candidates.
+    first = torch.where(begins, numbers - topk - 1, -1).cummax(-1).values
+    candidates = (numbers >= first[..., None]) & (numbers < numbers[:, None])
+    candidates = (candidates & choosing[..., None]).any(1)
+    used = torch.zeros_like(candidates)
+    row, _ = torch.where(choosing)
+    used[row[:, None], indices[choosing]] = True
+    return (candidates & ~used).sum().double(), candidates.sum().double()

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers.training_args import TrainingArguments
 
 from drt.data import Corpus
-from drt.precision import uses_bfloat16
-from drt.run_config import CONFIG_FILE, RunConfig, load_config, save_config
+from drt.run_config import CONFIG_FILE, RunConfig, save_config
+from drt.training.arguments import training_arguments
 from drt.training.batches import StepParts, first_part
 from drt.training.callbacks import (
     PROGRESS_FILE,
@@ -25,11 +25,12 @@ from drt.training.callbacks import (
 )
 from drt.training.compilation import compile_layers
 from drt.training.evaluate import NeedleEvaluation, ValidationLoss
+from drt.training.folder import FINAL_FOLDER, METRICS_FILE, check_folder
 from drt.training.materials import Materials, make_materials, rows_per_step
+from drt.training.speed import speed_meter
 from drt.training.trainer import RunTrainer
 
-FINAL_FOLDER = "model"
-METRICS_FILE = "metrics.jsonl"
+T = TypeVar("T")
 
 
 def train(
@@ -62,19 +63,24 @@ def train(
     """
     processes = PartialState(cpu=not torch.cuda.is_available())
     folder = Path(config.output_dir)
-    with processes.main_process_first():
-        # The others find the folder as the first one has left it, and it has checked.
-        if processes.is_main_process:
-            _check_folder(folder, config, resume=resume, overwrite=overwrite)
+
+    def prepare() -> tuple[Materials, TrainingArguments]:
         _check_processes(config, processes.num_processes)
         materials = make_materials(config, corpus)
-        if processes.is_main_process:
-            # Only now that the run can begin is anything removed or written.
-            if overwrite:
-                shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True, exist_ok=True)
-            save_config(config, folder / CONFIG_FILE)
-    trainer = _trainer(config, materials, num_processes=processes.num_processes, title=title)
+        return materials, training_arguments(config, materials.model)
+
+    def prepare_first() -> tuple[Materials, TrainingArguments]:
+        check_folder(folder, config, resume=resume, overwrite=overwrite)
+        prepared = prepare()
+        # Only now that the run can begin is anything removed or written.
+        if overwrite:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, folder / CONFIG_FILE)
+        return prepared
+
+    materials, args = _in_turn(prepare_first, prepare)
+    trainer = _trainer(config, materials, args, title=title)
     checkpoint = latest_checkpoint(folder) if resume else None
     if checkpoint is not None and materials.curriculum is not None:
         materials.curriculum.load(checkpoint / PROGRESS_FILE)
@@ -91,15 +97,24 @@ def train(
     return final
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether the run in this folder was trained to its end."""
-    return (folder / FINAL_FOLDER / CONFIG_FILE).is_file()
+def _in_turn(first: Callable[[], T], others: Callable[[], T]) -> T:
+    """Run `first` in the first process and then `others` in each other; an error there ends all.
 
-
-def training_seconds(folder: Path) -> float:
-    """Wall seconds that the run in this folder has trained, over all its restarts."""
-    lines = (folder / METRICS_FILE).read_text().splitlines()
-    return json.loads(lines[-1])["seconds"]
+    Without it the others would wait for a process that is gone.
+    """
+    failure = [""]
+    if PartialState().is_main_process:
+        try:
+            result = first()
+        except Exception as error:
+            broadcast_object_list([str(error) or repr(error)])
+            raise
+        broadcast_object_list(failure)
+        return result
+    broadcast_object_list(failure)
+    if failure[0]:
+        raise ValueError(failure[0])
+    return others()
 
 
 def _check_processes(config: RunConfig, num_processes: int) -> None:
@@ -119,34 +134,8 @@ def _check_processes(config: RunConfig, num_processes: int) -> None:
         )
 
 
-def _check_folder(folder: Path, config: RunConfig, *, resume: bool, overwrite: bool) -> None:
-    """Refuse a folder that holds another run, or anything else."""
-    if (folder / CONFIG_FILE).is_file():
-        if not (resume or overwrite):
-            raise ValueError(
-                f"{folder} holds an earlier run: resume it, overwrite it or choose another folder"
-            )
-        if not overwrite:
-            check_same_run(folder, config)
-    elif folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty and holds no run of this program")
-
-
-def check_same_run(folder: Path, config: RunConfig) -> None:
-    """Refuse to go on with a run that was trained with another configuration.
-
-    What it is asked afterwards, its `evaluation`, may differ.
-    """
-    file = folder / CONFIG_FILE
-    if replace(load_config(file), evaluation=config.evaluation) != config:
-        raise ValueError(
-            f"the run in {folder} has another configuration, see {file}: "
-            "overwrite it or choose another folder"
-        )
-
-
 def _trainer(
-    config: RunConfig, materials: Materials, *, num_processes: int, title: str
+    config: RunConfig, materials: Materials, args: TrainingArguments, *, title: str
 ) -> RunTrainer:
     training, model = config.training, materials.model
     if training.gradient_checkpointing:
@@ -155,63 +144,19 @@ def _trainer(
         compile_layers(model)
     trainer = RunTrainer(
         model=model,
-        args=_arguments(config),
+        args=args,
         train_dataset=StepParts(
             materials.source,
             num_steps=training.num_steps,
-            num_parts=num_processes * training.num_micro_batches,
+            num_parts=args.world_size * training.num_micro_batches,
         ),
         data_collator=first_part,
         curriculum=materials.curriculum,
         optimizer_name=training.optimizer,
-        tokens_per_step=training.tokens_per_step,
+        speed=speed_meter(config, model, args),
     )
     _replace_callbacks(trainer, config, materials, title)
     return trainer
-
-
-def _arguments(config: RunConfig) -> TrainingArguments:
-    training = config.training
-    sharding = {} if training.sharding == "none" else _FSDP
-    return TrainingArguments(
-        output_dir=config.output_dir,
-        max_steps=training.num_steps,
-        # A part of a step is one item.
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=training.num_micro_batches,
-        learning_rate=training.learning_rate,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr": training.final_learning_rate},
-        warmup_steps=training.warmup_steps,
-        weight_decay=training.weight_decay,
-        adam_beta2=training.adam_beta2,
-        max_grad_norm=training.max_grad_norm,
-        optim="adamw_torch_fused",
-        bf16=uses_bfloat16(config.precision),
-        logging_steps=training.log_every,
-        save_steps=training.save_every,
-        save_total_limit=2,
-        seed=config.seed,
-        report_to=["tensorboard"] if training.tensorboard else "none",
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(),
-        ddp_find_unused_parameters=False,
-        # Each process takes its own parts.
-        accelerator_config={"dispatch_batches": False, "even_batches": False},
-        **sharding,
-    )
-
-
-# The layers that a model names as those not to be split are sharded one by one.
-_FSDP: dict[str, Any] = {
-    "fsdp": True,
-    "fsdp_config": {
-        "fsdp_version": 2,
-        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "state_dict_type": "SHARDED_STATE_DICT",
-    },
-}
 
 
 def _replace_callbacks(

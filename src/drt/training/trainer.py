@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import time
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import Sampler, SequentialSampler
 from transformers.trainer import Trainer
 
@@ -17,6 +17,7 @@ from drt.training.batches import needle_masks
 from drt.training.curriculum import Curriculum
 from drt.training.optimizer import MuonWithAdamW, split_parameters
 from drt.training.retrieval_metrics import RetrievalMetrics
+from drt.training.speed import SpeedMeter
 
 MODEL_INPUTS = ("input_ids", "labels", "attention_mask", "chunk_ends", "document_ids")
 """Of a batch, what a model reads; chunk_ends and document_ids only where it knows of them."""
@@ -37,20 +38,19 @@ class RunTrainer(Trainer):
         *,
         curriculum: Curriculum | None = None,
         optimizer_name: str = "adamw",
-        tokens_per_step: int,
+        speed: SpeedMeter,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         # The Trainer would divide the loss by the micro-batches otherwise.
         self.model_accepts_loss_kwargs = True
         self.optimizer_name, self.curriculum = optimizer_name, curriculum
-        self.tokens_per_step = tokens_per_step
+        self.speed = speed
         model: Any = self.model
         self._accepts = set(inspect.signature(model.forward).parameters)
         self._sums = torch.zeros(len(NEEDLE_LOSSES), 2, dtype=torch.float64)
         self._of_step = torch.zeros(2, dtype=torch.float64)
-        self._retrieval = RetrievalMetrics()
-        self._logged = (-1, 0.0)
+        self._retrieval = RetrievalMetrics(len(getattr(model.config, "retrieval_groups", ())))
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         return torch.ones((), device=device)
@@ -63,12 +63,15 @@ class RunTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The weighted sum of the losses; the curriculum hears of that of the answers."""
+        self.speed.begin()
         outputs, losses = self.token_losses(model, inputs)
         loss = (losses * inputs["token_weights"][:, 1:]).sum()
         if "answer_mask" in inputs:
             self._observe(inputs, losses.detach())
         if getattr(outputs, "retrievals", None):
             self._retrieval.add(outputs.retrievals)
+        if self._ends_step(inputs):
+            self.speed.step(inputs["input_ids"].shape[1])
         # Gradients are averaged over the processes.
         loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
@@ -81,7 +84,7 @@ class RunTrainer(Trainer):
             if name in inputs and name in self._accepts and name != "labels"
         }
         if "generator" in self._accepts and model.training:
-            given["generator"] = self._generator(int(inputs["index"]))
+            given["generator"] = self._generator(inputs["index"])
         if "output_retrievals" in self._accepts and model.training and self._logs_next:
             given["output_retrievals"] = True
         if "output_token_losses" in self._accepts:
@@ -100,47 +103,58 @@ class RunTrainer(Trainer):
 
     def _observe(self, inputs: dict[str, Any], losses: Tensor) -> None:
         """Add up the losses of answers and text; tell the curriculum at the end of a step."""
-        masks = [mask[:, 1:] for mask in needle_masks(inputs["answer_mask"])]
-        sums = [[losses[mask].sum().item(), mask.sum().item()] for mask in masks]
-        parts = torch.tensor(sums, dtype=torch.float64)
+        masks = torch.stack([mask[:, 1:] for mask in needle_masks(inputs["answer_mask"])])
+        sums = [(losses.double() * masks).sum((1, 2)), masks.sum((1, 2)).double()]
+        # One wait for the device, however many the sums.
+        parts = torch.stack(sums, dim=1).cpu()
         self._sums += parts
         self._of_step += parts[0]
-        done = (int(inputs["index"]) // self.accelerator.num_processes + 1) % (
-            self.args.gradient_accumulation_steps
-        )
-        if self.curriculum is not None and done == 0:
+        if self.curriculum is not None and self._ends_step(inputs):
             total, count = self._over_processes(self._of_step).tolist()
-            self.curriculum.observe(int(inputs["step"]), total / count)
+            self.curriculum.observe(inputs["step"], total / count)
             self._of_step.zero_()
+
+    def _ends_step(self, inputs: dict[str, Any]) -> bool:
+        """Whether this is the last micro-batch of a step in this process."""
+        number = inputs["index"] // self.accelerator.num_processes
+        return (number + 1) % self.args.gradient_accumulation_steps == 0
 
     def _over_processes(self, sums: Tensor) -> Tensor:
         if self.accelerator.num_processes == 1:
             return sums
-        on_device = sums.to(self.args.device, torch.float32)
-        return self.accelerator.reduce(on_device, reduction="sum").cpu().double()  # type: ignore[union-attr]
+        return self.accelerator.reduce(sums.to(self.args.device), reduction="sum").cpu()  # type: ignore[union-attr]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add losses, row length, speed and retrieval to what is logged."""
+        """Add losses, row length, retrieval and speed to what is logged."""
         if "loss" in logs:
-            if self._sums[0, 1] > 0:
+            if self.curriculum is not None:
                 totals = self._over_processes(self._sums)
                 means = (totals[:, 0] / totals[:, 1]).tolist()
                 logs.update(zip(NEEDLE_LOSSES, means, strict=True))
                 self._sums.zero_()
-            if self.curriculum is not None:
                 logs["length"] = self.curriculum.stage_at(self.state.global_step - 1).length
-            logs.update(self._retrieval.take())
-            logs.update(self._speed())
+            logs.update(self._retrieval.take(self._over_processes))
+            logs.update(self.speed.take())
         super().log(logs, start_time)
 
-    def _speed(self) -> dict[str, float]:
-        """Content tokens a second since the last line, of all processes together."""
-        now, step = time.perf_counter(), self.state.global_step
-        before, self._logged = self._logged, (step, now)
-        if before[0] < 0:
-            return {}
-        rate = (step - before[0]) * self.tokens_per_step / (now - before[1])
-        return {"tokens_per_second": round(rate, 1)}
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the whole model for `from_pretrained`; all processes call this.
+
+        A checkpoint of a sharded model is written in shards elsewhere, and needs no whole one.
+        """
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+        elif not _internal_call:
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            model: Any = self.model
+            state = get_model_state_dict(model, options=options)
+            for name in _second_names(model):
+                state.pop(name, None)
+            self._save(output_dir, state_dict=state)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self.speed.pause():
+            super()._save_checkpoint(*args, **kwargs)
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """Matrices are decayed; norms, biases and vectors are not."""
@@ -164,3 +178,10 @@ class RunTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         # Item i is part i: the order is the data.
         return SequentialSampler(train_dataset or self.train_dataset)  # type: ignore[arg-type]
+
+
+def _second_names(model: Any) -> list[str]:
+    """Names of parameters that are other parameters: a head that is tied to the embeddings."""
+    first = {name for name, _ in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return [name for name, _ in every if name not in first]

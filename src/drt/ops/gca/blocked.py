@@ -11,11 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
 
+from drt.ops import flops
 from drt.ops.gca.blocks import BlockedPass, Gradients, Options
 from drt.ops.gca.decode import attend_in_order, lies_in_order
 from drt.ops.gca.layout import new_memory_gradient
 from drt.ops.gca.order import in_order
+from drt.ops.tracing import is_traced
 from drt.precision import sum_dtype
 
 # Bytes of the float32 accumulators for the gradients of a lower-precision memory; a memory that
@@ -39,7 +42,7 @@ def blocked(
     The results of GEMMs, scores among them, are rounded to query's dtype; sums inside a GEMM, the
     softmax and the accumulation of gradients are float32 (float64 for float64 inputs).
     """
-    if torch.compiler.is_compiling():
+    if is_traced(query):
         # What a block reads depends on the numbers of the indices, which no graph knows.
         return attend(query, key, value, indices, weights, key_lengths, scale, softmax_plus_one)
     options = Options(scale, softmax_plus_one)
@@ -172,6 +175,10 @@ def _attend_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 attend.register_autograd(_attend_backward, setup_context=_save)
+register_flop_formula(torch.ops.drt.blocked_cross_attention)(flops.cross_attention)
+register_flop_formula(torch.ops.drt.blocked_cross_attention_backward)(
+    flops.cross_attention_backward
+)
 
 
 def _forward(inputs: _Inputs) -> Tensor:

@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.flop_counter import register_flop_formula
 
+from drt.ops import flops
+from drt.ops.tracing import is_traced
 from drt.ops.window.plan import (
     Band,
     Block,
@@ -55,7 +58,7 @@ def banded_window_attention(
     band = Band(window, scale, alibi_slopes, first_keys)
     wants_grad = query.requires_grad or key.requires_grad or value.requires_grad
     if torch.is_grad_enabled() and wants_grad:
-        if torch.compiler.is_compiling():
+        if is_traced(query):
             return attend(query, key, value, *band)
         return _BandedAttention.apply(query, key, value, band)
     if _is_plain_step(query, band):
@@ -153,6 +156,10 @@ def _attend_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 attend.register_autograd(_attend_backward, setup_context=_save)
+register_flop_formula(torch.ops.drt.banded_window_attention)(flops.window_attention)
+register_flop_formula(torch.ops.drt.banded_window_attention_backward)(
+    flops.window_attention_backward
+)
 
 
 def _is_plain_step(query: Tensor, band: Band) -> bool:

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
+from drt.ops import flops
 from drt.ops.gca.inverse import InverseIndex, inverse_of_order, invert_indices
 from drt.ops.gca.layout import new_memory_gradient
 from drt.ops.gca.triton import launch
@@ -133,3 +135,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 attend.register_autograd(_backward, setup_context=_save)
+register_flop_formula(torch.ops.drt.grouped_cross_attention)(flops.cross_attention)
+register_flop_formula(torch.ops.drt.grouped_cross_attention_backward)(
+    flops.cross_attention_backward
+)
