@@ -55,6 +55,8 @@ def make_config(
         config = config_class(**given)
     else:
         known = known_fields(kind)
+        # The Trainer switches use_cache off, and a model that is made so cannot generate.
+        known -= {"use_cache"}
         kept = {key: value for key, value in initial.to_dict().items() if key in known}
         config = config_class(**{**kept, **given})
     size = getattr(config, "vocab_size", None)
