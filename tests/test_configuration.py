@@ -44,7 +44,7 @@ def test_layers_are_counted_from_groups() -> None:
         ({"loss_chunk_size": 0}, "loss_chunk_size must be at least 1, got 0"),
         ({"early_close_rate": -0.5}, r"from 0 to chunk_size = 16, got -0\.5"),
         ({"early_close_rate": 17.0}, r"from 0 to chunk_size = 16, got 17\.0"),
-        ({"retrieval_top_k": 8}, "unknown DRTConfig key 'retrieval_top_k'.*'retrieval_topk'"),
+        ({"retrieval_top_k": 8}, "unknown DRTConfig key 'retrieval_top_k'.*retrieval_topk"),
         ({"nonsense": 1}, "unknown DRTConfig key 'nonsense'"),
     ],
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from difflib import get_close_matches
 from typing import Any
 
 from transformers import (
@@ -18,6 +17,7 @@ from transformers import (
 
 from drt.baselines import AblationForCausalLM
 from drt.configuration import DRTConfig
+from drt.unknown_keys import refuse_unknown
 
 DEFAULT_TYPE = DRTConfig.model_type
 
@@ -49,12 +49,14 @@ def make_config(
             f"model_type {kind} cannot go on from an initial model of type {initial.model_type}"
         )
     config_class = _config_class(kind)
-    _refuse_unknown(kind, given)
+    check_fields(given, default=kind)
     if initial is None:
         given = {**_of_tokenizer(tokenizer), **given}
         config = config_class(**given)
     else:
         known = known_fields(kind)
+        # The Trainer switches use_cache off, and a model that is made so cannot generate.
+        known -= {"use_cache"}
         kept = {key: value for key, value in initial.to_dict().items() if key in known}
         config = config_class(**{**kept, **given})
     size = getattr(config, "vocab_size", None)
@@ -63,6 +65,23 @@ def make_config(
             f"model.vocab_size {size} is smaller than the tokenizer's {len(tokenizer)} entries"
         )
     return config
+
+
+def check_fields(model: Mapping[str, Any], *, default: str = DEFAULT_TYPE) -> None:
+    """Refuse fields that the configuration of a model has not.
+
+    Configurations of transformers take any key and keep it: a typing error would go unseen.
+
+    Args:
+        model: as in `make_config`.
+        default: the kind of model, where there is no `model_type`.
+
+    Raises:
+        ValueError: an unknown kind or field.
+    """
+    kind = model.get("model_type", default)
+    given = [key for key in model if key != "model_type"]
+    refuse_unknown(given, known_fields(kind), f"unknown key model.{{key}} of a {kind} model")
 
 
 def attach_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -105,16 +124,6 @@ def known_fields(kind: str) -> set[str]:
     config_class = _config_class(kind)
     declared = {field.name for field in fields(config_class)}  # type: ignore[arg-type]
     return declared | set(config_class.attribute_map)
-
-
-def _refuse_unknown(kind: str, given: Mapping[str, Any]) -> None:
-    """Configurations of transformers take any key and keep it: a typing error would go unseen."""
-    known = known_fields(kind)
-    for key in given:
-        if key not in known:
-            near = get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"unknown key model.{key} of a {kind} model{hint}")
 
 
 def _of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -1,11 +1,12 @@
 """`DRTConfig`: every size and choice of a DRT model, checked when it is made."""
 
 from dataclasses import fields
-from difflib import get_close_matches
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
+
+from drt.unknown_keys import refuse_unknown
 
 # What transformers itself adds to a config or to config.json beside the declared fields.
 _FOREIGN_KEYS = frozenset(
@@ -97,7 +98,7 @@ class DRTConfig(PreTrainedConfig):
     with labels then returns no logits. None = all, and they are returned."""
 
     def __post_init__(self, **kwargs: Any) -> None:
-        _refuse_unknown(type(self), kwargs)
+        refuse_unknown_fields(type(self), kwargs)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -177,12 +178,8 @@ _POSITIVE = (
 )
 
 
-def _refuse_unknown(cls: type, kwargs: dict[str, Any]) -> None:
-    """Raise on keys that no field reads, with the nearest field name."""
+def refuse_unknown_fields(cls: type, kwargs: dict[str, Any]) -> None:
+    """Raise ValueError on keys that no field of a configuration reads, nor transformers itself."""
     known = {field.name for field in fields(cls)}
-    for key in kwargs:
-        if key in known or key in _FOREIGN_KEYS:
-            continue
-        near = get_close_matches(key, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown {cls.__name__} key {key!r}{hint}")
+    unknown = [key for key in kwargs if key not in _FOREIGN_KEYS]
+    refuse_unknown(unknown, known, f"unknown {cls.__name__} key '{{key}}'")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import types
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -15,6 +14,7 @@ from drt.data import NeedleTask
 from drt.data.prepared.rows import Documents
 from drt.data.summaries import SummaryData
 from drt.precision import Precision
+from drt.unknown_keys import did_you_mean
 
 CONFIG_FILE = "run.yaml"
 """What a run's configuration is called in its folder, and beside its model."""
@@ -273,8 +273,7 @@ def build(cls: type, data: dict[str, Any], where: str = "") -> Any:
     known = {item.name: item for item in fields(cls)}
     for key in data:
         if key not in known:
-            near = get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {where}{near[0]}?" if near else ""
+            hint = did_you_mean(str(key), known, before=where)
             raise ValueError(f"unknown key {where}{key}{hint}")
     for name, item in known.items():
         if name not in data and item.default is MISSING and item.default_factory is MISSING:
@@ -295,6 +294,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is dict:
         if not isinstance(value, dict):
             raise ValueError(f"{where} must be a mapping, got {value!r}")
+        wrong = next((key for key in value if not isinstance(key, args[0])), None)
+        if wrong is not None:
+            # YAML reads 1 and no as something else.
+            raise ValueError(f"{where} has the key {wrong!r}, which is not text: quote it")
         return {key: _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
     if hint is Any:
         return value
@@ -325,11 +328,15 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     """Set one "dotted.key=value" in nested mappings and lists, the value in YAML.
 
     Raises:
-        ValueError: no key=value, or a key that leads nowhere.
+        ValueError: no key=value, no YAML, or a key that leads nowhere.
     """
     key, equals, text = override.partition("=")
     if not equals:
         raise ValueError(f"an override reads key=value, got {override!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {override!r} is not YAML: {error}") from error
     *parents, last = key.split(".")
     node: Any = data
     for name in parents:
@@ -340,9 +347,9 @@ def apply_override(data: dict[str, Any], override: str) -> None:
         else:
             raise ValueError(f"override {override!r}: {name} is inside a plain value")
     if isinstance(node, list):
-        node[_item(node, last, override)] = yaml.safe_load(text)
+        node[_item(node, last, override)] = value
     elif isinstance(node, dict):
-        node[last] = yaml.safe_load(text)
+        node[last] = value
     else:
         raise ValueError(f"override {override!r}: {last} is inside a plain value")
 

@@ -352,7 +352,7 @@ def test_runs_in_bfloat16(name: str, ids: torch.Tensor) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"retrievr": "fixed"}, "unknown AblationConfig key 'retrievr'.*'retriever'"),
+        ({"retrievr": "fixed"}, "unknown AblationConfig key 'retrievr'.*retriever"),
         ({"retriever_scale": 0.0}, "retriever_scale must be positive, got 0.0"),
         ({"retriever": "random", "landmark_size": 8}, "landmark_size 8 .* 'random' has not"),
         ({"retrieval_topk": 0}, "retrieval_topk must be at least 1, got 0"),

@@ -238,7 +238,7 @@ def test_wrong_arguments_are_refused(model: BaselineForCausalLM, ids: Tensor) ->
         ({"num_attention_heads": 5}, "hidden_size 32 is not a multiple of"),
         ({"num_key_value_heads": 3}, "4 is not a multiple of num_key_value_heads 3"),
         ({"head_dim": 7}, "even head_dim, got 7"),
-        ({"slidingwindow": 8}, "unknown .*Config key 'slidingwindow'.*'sliding_window'"),
+        ({"slidingwindow": 8}, "unknown .*Config key 'slidingwindow'.*sliding_window"),
         ({"num_encoder_layers": 1}, "unknown .*Config key 'num_encoder_layers'"),
     ],
 )

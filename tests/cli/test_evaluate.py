@@ -93,6 +93,8 @@ def test_tasks_are_listed(capsys: Any) -> None:
         (["{d}", "--task", "singles"], "no task 'singles'; did you mean single"),
         (["{d}", "--task", "single", "--set", "depth=[0]"], "unknown key depth; did you mean"),
         (["{d}", "--set", "depths"], "a setting reads key=value, got 'depths'"),
+        (["{d}", "--json", "nowhere/x.json"], "there is no folder nowhere to write x.json to"),
+        (["{d}", "--figure", "nowhere/x.png"], "there is no folder nowhere to write x.png to"),
         (["{d}", "--lengths", "100"], "length is 100; it must be a multiple of chunk_size 16"),
         (["{d}", "--figure", "x.png"], "--figure draws one task: choose one of single, multi"),
         (["{d}", "--corpus", "no/such/file"], "no/such/file"),

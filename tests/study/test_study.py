@@ -1,18 +1,20 @@
 """A small study from start to end, stopped, gone on with, and what it refuses."""
 
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 import yaml
 
+from drt.checkpoints import load_checkpoint
 from drt.cli.main import main
 from drt.data import byte_tokenizer
 from drt.data.prepared import CorpusConfig, find_sources, prepare
 from drt.run_config import read_mapping
 from drt.study import Job, load_study, plan_jobs, run_job
 from drt.study.config import run_config, run_folder
-from drt.study.jobs import is_done, results_of, run_all
+from drt.study.jobs import alone, check_jobs, facts_of, is_done, results_of, run_all
 from drt.study.report import Results, find, write_page
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -163,11 +165,115 @@ def test_a_row_may_be_measured_otherwise(study_file: Path) -> None:
         ("rows={}", "rows is empty"),
         ("exceptions.window.tset={}", "an exception names a row and its measurements"),
         ("sedes=[0]", "unknown key sedes; did you mean seeds"),
+        ("seeds=[0, 0]", "seeds must be different numbers of 0 or more"),
+        ("seeds=[]", "seeds must be different numbers of 0 or more"),
+        ("seeds=[0", "is not YAML"),
+        ("rows.More-of it={}", "'more of it' and 'More-of it' would share the file name"),
+        ("rows.+={}", r"'\+' has no letter or digit"),
+        ("rows={1: {}}", "rows has the key 1, which is not text"),
+        ("rows.window.initial={row: more of it}", "begin with each other: window -> more of it ->"),
+        ("rows.window.initial={rows: a}", "initial of row 'window' must be"),
+        ("columns.at 128.paper={wind: 1}", "figures of the paper for wind, which is no row"),
     ],
 )
 def test_wrong_studies_are_refused(study_file: Path, override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_study(study_file, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "rows.last={model: {retrieval_topkk: 1}}",
+            "row 'last': unknown key model.retrieval_topkk",
+        ),
+        ("rows.last={training: {num_step: 1}}", "row 'last': unknown key training.num_step"),
+        ("measurements.more={task: perplexitee}", "no task 'perplexitee'"),
+        ("exceptions.window.test={lengths: [1]}", "lengths must be of at least 2 tokens"),
+    ],
+)
+def test_nothing_is_trained_before_all_rows_are_seen_to_be_right(
+    study_file: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
+) -> None:
+    folder = study_file.parent / "runs"
+    assert main(["study", str(study_file), override, "--output", str(folder)]) == 2
+    assert message in capsys.readouterr().err
+    assert not folder.exists()
+
+
+def test_a_row_that_is_changed_is_not_shown_with_what_it_was(study_file: Path) -> None:
+    study, folder = load_study(study_file, ["seeds=[0]"]), study_file.parent / "runs"
+    run_job(study, Job("window", 0), folder)
+    other = load_study(study_file, ["seeds=[0]", "rows.window.model.num_hidden_layers=3"])
+    message = "row 'window', seed 0, .* model.num_hidden_layers was 2 and is 3"
+    with pytest.raises(ValueError, match=message):
+        run_job(other, Job("window", 0), folder)
+    with pytest.raises(ValueError, match=message):
+        check_jobs(other, folder)
+    with pytest.raises(ValueError, match=message):
+        write_page(other, folder, study_file.parent / "page.md", command="drt study small")
+
+
+def test_a_folder_of_runs_may_be_moved(study_file: Path) -> None:
+    study, folder = load_study(study_file, ["seeds=[0]"]), study_file.parent / "runs"
+    for job in plan_jobs(study):
+        run_job(study, job, folder)
+    moved = folder.rename(study_file.parent / "moved")
+    check_jobs(study, moved)
+    write_page(study, moved, study_file.parent / "page.md", command="drt study small")
+
+
+def test_a_run_that_another_process_works_on_is_waited_for(
+    study_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study, folder = load_study(study_file, ["seeds=[0]"]), study_file.parent / "runs"
+    job = Job("window", 0)
+    second = Thread(target=run_job, args=(study, job, folder))
+    # Two open files of one process exclude each other as those of two do.
+    with alone(job, folder):
+        second.start()
+        second.join(timeout=0.5)
+        assert second.is_alive()
+        assert not run_folder(folder, *job).exists()
+    second.join(timeout=60)
+    assert is_done(study, job, folder)
+    assert "waiting until it has ended" in capsys.readouterr().out
+
+
+def test_a_page_of_nothing_is_not_written(study_file: Path) -> None:
+    page = study_file.parent / "page.md"
+    words = ["study", str(study_file), "--output", str(study_file.parent / "none")]
+    assert main([*words, "--page", str(page), "--page-only"]) == 2
+    assert not page.exists()
+
+
+def test_a_column_that_finds_nothing_is_an_error(study_file: Path) -> None:
+    overrides = ["seeds=[0]", "rows.more of it={}", "comparisons=[]"]
+    study, folder = load_study(study_file, overrides), study_file.parent / "runs"
+    for job in plan_jobs(study):
+        run_job(study, job, folder)
+    wrong = "columns.at 128.value=rows.length=256.perplexity"
+    with pytest.raises(ValueError, match=r"column 'at 128' finds no 'rows.length=256.perplexity'"):
+        write_page(
+            load_study(study_file, [*overrides, wrong]),
+            folder,
+            study_file.parent / "page.md",
+            command="drt study small",
+        )
+
+
+def test_runs_too_short_for_a_line_of_metrics_have_a_page(study_file: Path) -> None:
+    base = yaml.safe_load((study_file.parent / "base.yaml").read_text())
+    base["training"]["log_every"] = 100
+    (study_file.parent / "base.yaml").write_text(yaml.safe_dump(base))
+    study, folder = load_study(study_file, ["seeds=[0]"]), study_file.parent / "runs"
+    run_job(study, Job("window", 0), folder)
+    assert facts_of(Job("window", 0), folder)["seconds"] is None
+    page = study_file.parent / "page.md"
+    write_page(study, folder, page, command="drt study small")
+    model = load_checkpoint(run_folder(folder, "window", 0)).model
+    assert f"| window | {model.num_parameters():,} | 1.00 |  | 1 |" in page.read_text()
 
 
 def test_records_are_searched_by_key_number_and_entry() -> None:
@@ -177,6 +283,8 @@ def test_records_are_searched_by_key_number_and_entry() -> None:
     assert find(record, "rows.length=9.x") is None
     assert find(record, "rows.7.x") is None
     assert find(record, "") == record
+    with pytest.raises(ValueError, match="'length' is no item of a list"):
+        find(record, "rows.length")
 
 
 @pytest.mark.parametrize(

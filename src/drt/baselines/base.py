@@ -7,8 +7,7 @@ docs/method.md: B rows, T content tokens, E width, H and G heads, D head width.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, fields
-from difflib import get_close_matches
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
 from drt.arguments import check_labels, loss_kwargs, make_marks
-from drt.configuration import _FOREIGN_KEYS
+from drt.configuration import refuse_unknown_fields
 from drt.layers import DRTRMSNorm
 from drt.loss import LanguageModelHead, losses_of_head, mean_loss, next_tokens
 
@@ -75,7 +74,7 @@ class BaselineConfig(PreTrainedConfig):
     with labels then returns no logits. None = all, and they are returned."""
 
     def __post_init__(self, **kwargs: Any) -> None:
-        _refuse_unknown(type(self), kwargs)
+        refuse_unknown_fields(type(self), kwargs)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -111,17 +110,6 @@ class BaselineConfig(PreTrainedConfig):
             )
         if self.head_dim % 2:
             raise ValueError(f"rotary positions need an even head_dim, got {self.head_dim}")
-
-
-def _refuse_unknown(cls: type, kwargs: dict[str, Any]) -> None:
-    """Raise on keys that no field reads, with the nearest field name."""
-    known = {field.name for field in fields(cls)}
-    for key in kwargs:
-        if key in known or key in _FOREIGN_KEYS:
-            continue
-        near = get_close_matches(key, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown {cls.__name__} key {key!r}{hint}")
 
 
 class KeyValues(NamedTuple):

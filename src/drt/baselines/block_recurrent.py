@@ -14,9 +14,15 @@ states have no feed-forward layer: the variant that the paper reports as its bes
 and tokens have one set of keys and values each, read by both directions, and four sets of queries;
 states are told apart by learned ids, added before they are read.
 
-Departures: RMSNorm, SwiGLU and rotary positions (or ALiBi) in the window, as in the other models
-here, for LayerNorm, MLP and a relative bias; attention to and from states knows no positions, as
-there. The gate's bias starts at 1 throughout. Gradients go through all blocks of a row.
+Departures, where the authors' code (google-research/meliad) is meant: RMSNorm, SwiGLU and rotary
+positions (or ALiBi) in the window, as in the other models here, for its MLP and relative bias;
+attention to and from states knows no positions, as there, but keys and queries are not normed. The
+gate's bias starts at 1, that is, at keeping 73 % of a state, where there it starts around 0 (the
+paper's constants +1 and -1 are those of its LSTM gate, which is not this one). The ids are added
+before the norm and start as small as all weights here, where there they are added after it and
+start with a standard deviation of 1; initial states start at that of all weights, there at 0.1.
+Gradients go through all blocks of a row; there a row is 4,096 tokens and goes on from the states
+and the window of the one before, without gradient.
 """
 
 from __future__ import annotations

@@ -12,16 +12,19 @@ inside each chunk an inner one over its tokens, multiplied by what the outer one
 
 Each position and head retrieves for itself, as the original does at inference, and does so in
 training too, where the original attends to all chunks: the row "top-k 4" of arXiv 2410.01651.
-So training, prefill and decoding compute the same thing. Candidates are all complete chunks
-that have begun to leave the window: no token lies between the window and the candidates, and up to
-S - 1 tokens are in both. A landmark's key is read as a score only; in the window a landmark
-sees itself and content, and nobody else sees it.
+So training, prefill and decoding compute the same thing. Where the original sees the tokens of the
+open chunk alone beside landmarks, here a window of any width takes their place, as in that row (768
+positions there). Candidates are all complete chunks that have begun to leave the window: no token
+lies between the window and the candidates, and up to S - 1 tokens are in both. A landmark's key is
+read as a score only; in the window a landmark is seen by itself alone, in the original not even by
+itself.
 
-Positions are rotary and bounded, as the original's stingy mapping has them: the window has its own,
-and the retrieved chunks stand right before it, side by side in the order of the text. Where the
-original gives the latest K chunks their own places when it scores landmarks, here all landmarks are
-scored at the first place, which it gives to the rest. In the first layer that leaves nothing to
-choose by, as its landmarks have read nothing yet and are all the same: it sees its window only.
+Positions are rotary and bounded, after the original's stingy mapping: the window has its own, and
+the retrieved chunks stand right before it, side by side in the order of the text. The original has
+K + 1 places, the last K of which are the latest chunks' own, when landmarks are scored and when
+they are retrieved, and the first that of all others; here there are K, and all landmarks are scored
+at the first. In the first layer that leaves nothing to choose by, as its landmarks have read
+nothing yet and are all the same: it sees its window only.
 """
 
 from __future__ import annotations

@@ -67,6 +67,7 @@ def run(options: argparse.Namespace) -> None:
     models = _by_name(options.checkpoints)
     sources = [_source(model) for model in models.values()]
     tasks = {name: for_models(task, sources) for name, task in _tasks(options, sources).items()}
+    _check_folders(options.json, options.figure)
     _check_figure(options.figure, tasks)
     records = _evaluate(tasks, models, options.json)
     shown = [task.table(_of_task(name, records)) for name, task in tasks.items()]
@@ -140,6 +141,13 @@ def _shortcuts(options: argparse.Namespace, name: str) -> dict[str, Any]:
     if options.seed is not None:
         wanted |= {"seeds": [options.seed]} if "seeds" in known else {"seed": options.seed}
     return {key: value for key, value in wanted.items() if value is not None}
+
+
+def _check_folders(*files: Path | None) -> None:
+    """Refuse files that cannot be written, before anything is measured."""
+    for file in files:
+        if file is not None and not file.parent.is_dir():
+            raise ValueError(f"there is no folder {file.parent} to write {file.name} to")
 
 
 def _check_figure(figure: Path | None, tasks: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -58,19 +59,24 @@ def run(options: argparse.Namespace) -> None:
         return
     failed = [] if options.page_only else _run_all(study, folder, options)
     page = options.page or Path("docs/results") / f"{path.stem}.md"
-    write_page(study, folder, page, command=_command(options))
-    print(f"page: {page}\nruns: {folder}")
-    if failed:
-        raise ValueError(f"{len(failed)} runs failed: {'; '.join(failed)}")
+    problems = [f"{len(failed)} runs failed: {'; '.join(failed)}"] if failed else []
+    try:
+        write_page(study, folder, page, command=_command(options))
+        print(f"page: {page}\nruns: {folder}")
+    except ValueError as error:
+        problems.append(str(error))
+    if problems:
+        raise ValueError("; ".join(problems))
 
 
 def _run_all(study: Any, folder: Path, options: argparse.Namespace) -> list[str]:
     """Run what is left; which runs failed."""
-    from drt.study.jobs import plan_jobs, run_all
+    from drt.study.jobs import check_jobs, plan_jobs, run_all
 
     for name in ("workers", "processes"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    check_jobs(study, folder)
     failed = []
     print(f"{len(plan_jobs(study))} runs in {folder}, what they say in <row>/seed-<n>-log.txt")
     for job, seconds, status in run_all(
@@ -97,4 +103,4 @@ def _command(options: argparse.Namespace) -> str:
     for name in ("workers", "processes"):
         if getattr(options, name) > 1:
             words += [f"--{name}", str(getattr(options, name))]
-    return " ".join(words)
+    return shlex.join(words)

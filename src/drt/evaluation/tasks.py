@@ -12,7 +12,6 @@ import inspect
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass, replace
-from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +22,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from drt.checkpoints import Checkpoint
 from drt.evaluation.needles import common_chunk_size
 from drt.run_config import build, overlay
+from drt.unknown_keys import did_you_mean
 
 TASKS: dict[str, str] = {
     "single": "drt.evaluation.needle_evaluation:NeedleEvaluationTask",
@@ -57,8 +57,7 @@ def task_class(name: str) -> type[Any]:
         ImportError: it needs a library that is not installed.
     """
     if name not in TASKS:
-        near = get_close_matches(name, TASKS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(name, TASKS)
         raise ValueError(f"no task {name!r}{hint}; tasks are {', '.join(TASKS)}")
     module, _, attribute = TASKS[name].partition(":")
     return getattr(import_module(module), attribute)

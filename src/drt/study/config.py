@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -82,12 +83,12 @@ class StudyConfig:
     def __post_init__(self) -> None:
         if not self.rows:
             raise ValueError("rows is empty: a study needs at least one")
-        for title, shown in {**self.columns, **self.curves}.items():
-            if shown.measurement not in self.measurements:
-                raise ValueError(
-                    f"{title!r} shows {shown.measurement!r}, which is not among the measurements: "
-                    f"{', '.join(self.measurements)}"
-                )
+        if len(set(self.seeds)) < len(self.seeds) or min(self.seeds, default=-1) < 0:
+            raise ValueError(f"seeds must be different numbers of 0 or more, got {self.seeds}")
+        # Rows and pictures that a file name does not tell apart would overwrite each other.
+        check_slugs("rows", self.rows)
+        check_slugs("curves", self.curves)
+        self._check_shown()
         for row, changed in self.exceptions.items():
             if row not in self.rows or changed.keys() - self.measurements.keys():
                 raise ValueError(
@@ -97,9 +98,34 @@ class StudyConfig:
             if len(pair) != 2 or any(name not in self.rows for name in pair):
                 raise ValueError(f"a comparison names two rows, got {pair}")
         for name in self.rows:
-            source = self.initial_row(name)
-            if source is not None and source not in self.rows:
-                raise ValueError(f"row {name!r} begins with {source!r}, which is no row")
+            self._check_initial(name)
+
+    def _check_shown(self) -> None:
+        """Refuse columns and curves of measurements and rows that there are not."""
+        for title, shown in {**self.columns, **self.curves}.items():
+            if shown.measurement not in self.measurements:
+                raise ValueError(
+                    f"{title!r} shows {shown.measurement!r}, which is not among the measurements: "
+                    f"{', '.join(self.measurements)}"
+                )
+        for title, column in self.columns.items():
+            unknown = column.paper.keys() - self.rows.keys()
+            if unknown:
+                raise ValueError(
+                    f"{title!r} has figures of the paper for {', '.join(sorted(unknown))}, "
+                    "which is no row"
+                )
+
+    def _check_initial(self, name: str) -> None:
+        """Refuse a row that begins with no row, or in the end with itself."""
+        seen, source = [name], self.initial_row(name)
+        while source is not None:
+            if source not in self.rows:
+                raise ValueError(f"row {seen[-1]!r} begins with {source!r}, which is no row")
+            if source in seen:
+                raise ValueError(f"rows begin with each other: {' -> '.join([*seen, source])}")
+            seen.append(source)
+            source = self.initial_row(source)
 
     def measurement_of(self, row: str, name: str) -> Measurement:
         """A measurement as it is made of a row."""
@@ -109,7 +135,13 @@ class StudyConfig:
     def initial_row(self, name: str) -> str | None:
         """The row that a row begins with, if any."""
         initial = self.rows[name].get("initial")
-        return initial["row"] if isinstance(initial, dict) else None
+        if not isinstance(initial, dict):
+            return None
+        if initial.keys() != {"row"}:
+            raise ValueError(
+                f"initial of row {name!r} must be a folder or {{row: NAME}}: {initial}"
+            )
+        return initial["row"]
 
 
 def load_study(path: Path, overrides: list[str]) -> StudyConfig:
@@ -143,7 +175,9 @@ def _find_base(name: str, folder: Path) -> Path:
     return found
 
 
-def run_config(study: StudyConfig, base: dict[str, Any], row: str, seed: int, folder: Path) -> Any:
+def run_config(
+    study: StudyConfig, base: dict[str, Any], row: str, seed: int, folder: Path
+) -> RunConfig:
     """The configuration of one run of a row.
 
     Args:
@@ -167,8 +201,30 @@ def run_config(study: StudyConfig, base: dict[str, Any], row: str, seed: int, fo
 
 def run_folder(folder: Path, row: str, seed: int) -> Path:
     """Where a run of a row is kept."""
-    name = "".join(each if each.isalnum() else "-" for each in row).strip("-").lower()
-    return folder / name / f"seed-{seed}"
+    return folder / slug(row) / f"seed-{seed}"
+
+
+def slug(name: str) -> str:
+    """A name as part of a file's: lower case, letters and digits of any alphabet, and hyphens."""
+    return "".join(each if each.isalnum() else "-" for each in name).strip("-").lower()
+
+
+def check_slugs(kind: str, names: Iterable[str]) -> None:
+    """Refuse names of which no file name can be made, or the same one of two.
+
+    Raises:
+        ValueError: there are such names.
+    """
+    taken: dict[str, str] = {}
+    for name in names:
+        found = slug(name)
+        if not found:
+            raise ValueError(f"{kind}: {name!r} has no letter or digit to call a file by")
+        if found in taken:
+            raise ValueError(
+                f"{kind}: {taken[found]!r} and {name!r} would share the file name {found!r}"
+            )
+        taken[found] = name
 
 
 def _fill(value: Any, parameters: dict[str, str]) -> Any:

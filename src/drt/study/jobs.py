@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,14 +17,15 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import PartialState
 
+from drt.architectures import check_fields
 from drt.checkpoints import load_checkpoint
 from drt.evaluation.flops import count_flops
 from drt.evaluation.tasks import make_task
 from drt.memory.files import write_whole
-from drt.run_config import CONFIG_FILE, RunConfig, read_mapping
+from drt.run_config import CONFIG_FILE, RunConfig, load_config, read_mapping
 from drt.study.config import Measurement, StudyConfig, run_config, run_folder
 from drt.training import train
-from drt.training.folder import FINAL_FOLDER, is_finished, training_seconds
+from drt.training.folder import FINAL_FOLDER, METRICS_FILE, is_finished, training_seconds
 
 RESULTS_FILE = "results.json"
 """In a run's folder: what was measured, with the settings it was measured with."""
@@ -57,8 +60,85 @@ def results_of(study: StudyConfig, job: Job, folder: Path) -> dict[str, Any]:
         name: stored[name]["record"]
         for name in study.measurements
         if name in stored
-        and stored[name]["measurement"] == asdict(study.measurement_of(job.row, name))
+        and stored[name]["measurement"] == _as_stored(study.measurement_of(job.row, name))
     }
+
+
+def _as_stored(measurement: Measurement) -> dict[str, Any]:
+    """What JSON makes of it: keys that are texts, lists."""
+    return json.loads(json.dumps(asdict(measurement)))
+
+
+def check_jobs(study: StudyConfig, folder: Path) -> None:
+    """Refuse, before hours of training, what would fail after them.
+
+    Args:
+        study: the study.
+        folder: where its runs are kept.
+
+    Raises:
+        ValueError: a row or a measurement has a wrong setting, or there is a run that was trained
+            with another configuration than its row has now.
+        ImportError: a measurement needs a library that is not installed.
+    """
+    base = read_mapping(Path(study.base))
+    for row in study.rows:
+        for name in study.measurements:
+            measurement = study.measurement_of(row, name)
+            make_task(measurement.task, measurement.settings)
+        try:
+            config = run_config(study, base, row, study.seeds[0], folder)
+            if config.initial is None:
+                check_fields(config.model)
+        except ValueError as error:
+            raise ValueError(f"row {row!r}: {error}") from error
+    for job in plan_jobs(study):
+        check_configuration(study, base, job, folder)
+
+
+def check_configuration(
+    study: StudyConfig, base: dict[str, Any], job: Job, folder: Path
+) -> RunConfig:
+    """The configuration of a run, which must be that with which it was begun, if it was.
+
+    The folder that all runs are kept in may have moved since, and `evaluation` is not looked at.
+
+    Raises:
+        ValueError: it was begun with another one; some differences are named.
+    """
+    config = run_config(study, base, job.row, job.seed, folder)
+    file = Path(config.output_dir) / CONFIG_FILE
+    if not file.is_file():
+        return config
+    before, now = _comparable(load_config(file)), _comparable(config)
+    other = [
+        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    ]
+    if other:
+        raise ValueError(
+            f"row {job.row!r}, seed {job.seed}, was trained with another configuration: "
+            f"{'; '.join(other[:3])}. Remove {file.parent}, or give the row another name"
+        )
+    return config
+
+
+def _comparable(config: RunConfig) -> dict[str, Any]:
+    """What a run follows from, key by key: all but where it is kept and what is asked of it."""
+    found = asdict(config)
+    # Another number of processes takes other micro-batches for the same steps.
+    del found["evaluation"], found["output_dir"], found["training"]["num_micro_batches"]
+    if config.initial is not None:
+        found["initial"] = Path(config.initial).parts[-2:]
+    return _flat(found)
+
+
+def _flat(mapping: dict[str, Any], where: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        flat |= _flat(value, f"{where}{key}.") if isinstance(value, dict) else {where + key: value}
+    return flat
 
 
 def is_done(study: StudyConfig, job: Job, folder: Path) -> bool:
@@ -71,12 +151,41 @@ def is_done(study: StudyConfig, job: Job, folder: Path) -> bool:
 def run_job(study: StudyConfig, job: Job, folder: Path) -> None:
     """Train a run and measure it, as far as that was not done before.
 
-    Under torchrun all processes train, and the first one measures.
+    Under torchrun all processes train, and the first one measures. While another study works on
+    the run, this one waits.
 
     Raises:
         ValueError: the run's configuration is another than the one it was trained with.
     """
-    config = run_config(study, read_mapping(Path(study.base)), job.row, job.seed, folder)
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    with alone(job, folder) if processes.is_main_process else nullcontext():
+        # All processes must see the run as it is once it is ours.
+        processes.wait_for_everyone()
+        _run_job(study, job, folder)
+
+
+@contextmanager
+def alone(job: Job, folder: Path) -> Iterator[None]:
+    """Wait until no other process works on a run: that of a study that was killed may still do so.
+
+    Args:
+        job: the run.
+        folder: where the study's runs are kept.
+    """
+    here = run_folder(folder, job.row, job.seed)
+    here.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the run's folder, which a new run wants empty. It ends with the process.
+    with here.with_name(f"{here.name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another process works on {here}: waiting until it has ended", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _run_job(study: StudyConfig, job: Job, folder: Path) -> None:
+    config = check_configuration(study, read_mapping(Path(study.base)), job, folder)
     here = Path(config.output_dir)
     if not is_finished(here):
         resume = (here / CONFIG_FILE).is_file()
@@ -97,14 +206,16 @@ def run_job(study: StudyConfig, job: Job, folder: Path) -> None:
 
 def _store(file: Path, name: str, measurement: Measurement, record: dict[str, Any]) -> None:
     stored = json.loads(file.read_text()) if file.is_file() else {}
-    stored[name] = {"measurement": asdict(measurement), "record": record}
+    stored[name] = {"measurement": _as_stored(measurement), "record": record}
     write_whole(file, json.dumps(stored, indent=1))
 
 
-def facts_of(study: StudyConfig, job: Job, folder: Path) -> dict[str, Any]:
+def facts_of(job: Job, folder: Path) -> dict[str, Any]:
     """Size, operations and time of a finished run."""
     here = run_folder(folder, job.row, job.seed)
-    return {**json.loads((here / FACTS_FILE).read_text()), "seconds": training_seconds(here)}
+    # A run of fewer steps than are between two lines has logged nothing.
+    seconds = training_seconds(here) if (here / METRICS_FILE).stat().st_size else None
+    return {**json.loads((here / FACTS_FILE).read_text()), "seconds": seconds}
 
 
 def _facts(model: Any, config: RunConfig) -> dict[str, Any]:

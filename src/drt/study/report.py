@@ -10,9 +10,10 @@ from typing import Any
 
 from drt import hardware
 from drt.evaluation.document_losses import paired_difference
-from drt.study.config import Column, StudyConfig
+from drt.run_config import read_mapping
+from drt.study.config import Column, StudyConfig, slug
 from drt.study.figures import draw_curve
-from drt.study.jobs import Job, facts_of, is_done, results_of
+from drt.study.jobs import Job, check_configuration, facts_of, is_done, plan_jobs, results_of
 from drt.version import __version__
 
 NONE = ""
@@ -52,8 +53,8 @@ class Results:
         return [self.record(row, seed, measurement) for seed in self.done[row]]
 
     def facts(self, row: str) -> list[dict[str, Any]]:
-        """Size and time of the runs of a row."""
-        return [facts_of(self.study, Job(row, seed), self.folder) for seed in self.done[row]]
+        """Size, operations and time of the runs of a row."""
+        return [facts_of(Job(row, seed), self.folder) for seed in self.done[row]]
 
 
 def find(record: Any, path: str) -> Any:
@@ -66,6 +67,8 @@ def find(record: Any, path: str) -> Any:
             key, _, value = name.partition("=")
             record = next((item for item in record if str(item.get(key)) == value), None)
         elif isinstance(record, list):
+            if not name.isdecimal():
+                raise ValueError(f"{path!r}: {name!r} is no item of a list, as 2 or length=4096 is")
             record = record[int(name)] if int(name) < len(record) else None
         elif isinstance(record, dict):
             record = record.get(name)
@@ -82,13 +85,21 @@ def write_page(study: StudyConfig, folder: Path, page: Path, *, command: str) ->
         folder: where its runs are kept.
         page: the Markdown file.
         command: what made it, to be shown.
+
+    Raises:
+        ValueError: no run is done, a run that is there is not the study's, or a column finds
+            nothing in the records of all runs.
     """
+    base = read_mapping(Path(study.base))
+    for job in plan_jobs(study):
+        check_configuration(study, base, job, folder)
     results = Results(study, folder)
+    _check_columns(results)
     page.parent.mkdir(parents=True, exist_ok=True)
     parts = [f"# {study.title}", study.about.strip(), _made_by(results, command), _table(results)]
     parts += [_comparisons(results)] if study.comparisons else []
     for title, curve in study.curves.items():
-        image = page.with_name(f"{page.stem}-{_slug(title)}.png")
+        image = page.with_name(f"{page.stem}-{slug(title)}.png")
         series = {
             row: [find(record, curve.values) for record in results.records(row, curve.measurement)]
             for row in study.rows
@@ -98,6 +109,18 @@ def write_page(study: StudyConfig, folder: Path, page: Path, *, command: str) ->
             draw_curve(image, series, curve=curve, title=title)
             parts.append(f"![{title}]({image.name})")
     page.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+
+
+def _check_columns(results: Results) -> None:
+    """Refuse what would be a table of nothing."""
+    if not any(results.done.values()):
+        raise ValueError(f"no run of this study is done in {results.folder}")
+    for title, column in results.study.columns.items():
+        if results.is_whole and not any(_values(results, row, column) for row in results.done):
+            raise ValueError(
+                f"column {title!r} finds no {column.value!r} in any record of "
+                f"{column.measurement!r}"
+            )
 
 
 def _made_by(results: Results, command: str) -> str:
@@ -115,7 +138,7 @@ def _table(results: Results) -> str:
     rows = [head, ["---"] * len(head)]
     best = {title: _best(results, column) for title, column in study.columns.items()}
     for row in study.rows:
-        cells = [row, *_facts(results, row)]
+        cells = [row.replace("|", "\\|"), *_facts(results, row)]
         for title, column in study.columns.items():
             cells.append(_cell(results, row, column, is_best=best[title] == row))
         rows.append(cells)
@@ -136,8 +159,9 @@ def _facts(results: Results, row: str) -> list[str]:
     cost = NONE
     if first:
         cost = f"{facts[0]['flops_per_token'] / first[0]['flops_per_token']:.2f}"
-    seconds = fmean(each["seconds"] for each in facts)
-    return [f"{facts[0]['parameters']:,}", cost, f"{seconds:,.0f}", str(len(facts))]
+    seconds = [each["seconds"] for each in facts if each["seconds"] is not None]
+    shown = f"{fmean(seconds):,.0f}" if seconds else NONE
+    return [f"{facts[0]['parameters']:,}", cost, shown, str(len(facts))]
 
 
 def _values(results: Results, row: str, column: Column) -> list[float]:
@@ -209,7 +233,3 @@ def _ratio(row: dict[str, Any]) -> str:
         return f"{row['ratio']:.4f}"
     low, high = row["interval"]
     return f"{row['ratio']:.4f} [{low:.4f}, {high:.4f}]"
-
-
-def _slug(title: str) -> str:
-    return "".join(each if each.isalnum() else "-" for each in title).strip("-").lower()

@@ -151,6 +151,15 @@ def test_manifests_that_cannot_be_read(split: PreparedSplit, change: object, mat
         PreparedSplit(split.folder)
 
 
+def test_a_split_that_is_not_there_is_told_from_those_that_are(
+    split: PreparedSplit, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ValueError, match=r"/test holds .*; .*/out has train, validation\. .*-one-in"
+    ):
+        PreparedSplit(tmp_path / "out" / "test")
+
+
 def test_folders_of_splits(split: PreparedSplit, tmp_path: Path) -> None:
     assert split_folders(split.folder) == [split.folder]
     assert split_folders(tmp_path / "out") == [split.folder, tmp_path / "out" / "validation"]

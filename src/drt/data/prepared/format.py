@@ -92,6 +92,17 @@ class Shard:
     """Digest of each file, by its name."""
 
 
+def _splits_beside(folder: Path) -> str:
+    """What may have been meant by a split that is not there."""
+    there = sorted(found.parent.name for found in folder.parent.glob(f"*/{MANIFEST_FILE}"))
+    if not there:
+        return ""
+    return (
+        f"; {folder.parent} has {', '.join(there)}. `drt data prepare --hold-out-one-in N` makes a "
+        "validation split of texts that have none"
+    )
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What `manifest.json` says; written anew whenever a shard is whole."""
@@ -127,7 +138,10 @@ class Manifest:
         """
         path = folder / MANIFEST_FILE
         if not path.is_file():
-            raise ValueError(f"{folder} holds no prepared tokens: it has no {MANIFEST_FILE}")
+            raise ValueError(
+                f"{folder} holds no prepared tokens: it has no {MANIFEST_FILE}"
+                f"{_splits_beside(folder)}"
+            )
         try:
             content = json.loads(path.read_bytes())
         except ValueError as error:
