@@ -87,7 +87,7 @@ class OneByOne:
     def read(self, states: list[Tensor], part: dict[str, Tensor]) -> list[Tensor]:
         gain, eps = part["states.layernorm.weight"], self.config.rms_norm_eps
         return [
-            self.plain.norm(s + i, gain, eps)
+            self.plain.norm(s, gain, eps) + i
             for s, i in zip(states, part["states.ids"], strict=True)
         ]
 

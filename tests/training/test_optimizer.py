@@ -5,6 +5,7 @@ import torch
 from torch.optim import AdamW, Muon
 
 from drt import DRTForCausalLM
+from drt.baselines import BlockRecurrentConfig, BlockRecurrentForCausalLM
 from drt.testing import tiny_config
 from drt.training.optimizer import MuonWithAdamW, split_parameters
 
@@ -23,6 +24,17 @@ def test_every_parameter_is_in_one_part() -> None:
         apart = {id(model.model.embed_tokens.weight), id(model.lm_head.weight)}
         assert not apart & {id(p) for p in matrices}
         assert all(p.dim() == 2 for p in matrices)
+
+
+def test_vectors_that_are_learned_one_by_one_are_no_matrix() -> None:
+    config = BlockRecurrentConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = BlockRecurrentForCausalLM(config)
+    matrices, others = split_parameters(model)
+    rows = model.model.layers[1].states
+    assert {id(rows.initial), id(rows.ids)} <= {id(p) for p in others}
+    assert id(rows.q_proj.weight) in {id(p) for p in matrices}
 
 
 def test_a_step_is_a_step_of_both_parts() -> None:

@@ -105,6 +105,15 @@ def test_the_logged_loss_is_that_of_the_rows(prepared: Path, small_model: dict[s
     assert logged == pytest.approx(total / count, rel=1e-4)
 
 
+def test_a_corpus_that_is_not_there_is_not_looked_for_on_the_hub(
+    prepared: Path, small_model: dict[str, Any]
+) -> None:
+    config = text_run(prepared, small_model)
+    assert config.text is not None
+    with pytest.raises(ValueError, match=r"text\.corpus is 'my/corpus', where .* has written no"):
+        train(replace(config, text=replace(config.text, corpus="my/corpus")))
+
+
 def test_any_causal_model_can_be_trained(prepared: Path) -> None:
     config = text_run(prepared, LLAMA)
     with pytest.raises(ValueError, match="packed, and a LlamaForCausalLM cannot keep documents"):
@@ -124,6 +133,8 @@ def test_a_run_goes_on_from_another_model(prepared: Path, small_model: dict[str,
         first, model={"retrieval_topk": 1}, initial=str(final), output_dir=str(final) + "-on"
     )
     second = load_checkpoint(train(config)).model
+    assert second.config.use_cache
+    assert second.generation_config.use_cache
     assert second.config.retrieval_topk == 1
     assert metrics(config)[0]["loss"] < 0.9 * metrics(first)[0]["loss"]
     with pytest.raises(ValueError, match="the initial model does not fit"):

@@ -12,17 +12,15 @@ The tokens of a block see the state that all blocks before it have made. This is
 gate, a learned bias that does not depend on the input, in its "skip" configuration, in which the
 states have no feed-forward layer: the variant that the paper reports as its best. As there, states
 and tokens have one set of keys and values each, read by both directions, and four sets of queries;
-states are told apart by learned ids, added before they are read.
+states are told apart by learned ids, added to them, normed, before they are read.
 
 Departures, where the authors' code (google-research/meliad) is meant: RMSNorm, SwiGLU and rotary
 positions (or ALiBi) in the window, as in the other models here, for its MLP and relative bias;
 attention to and from states knows no positions, as there, but keys and queries are not normed. The
-gate's bias starts at 1, that is, at keeping 73 % of a state, where there it starts around 0 (the
-paper's constants +1 and -1 are those of its LSTM gate, which is not this one). The ids are added
-before the norm and start as small as all weights here, where there they are added after it and
-start with a standard deviation of 1; initial states start at that of all weights, there at 0.1.
-Gradients go through all blocks of a row; there a row is 4,096 tokens and goes on from the states
-and the window of the one before, without gradient.
+states, their ids and the gate's bias start as there, with standard deviations of 0.1, 1 and 0.1
+(the paper's constants +1 and -1 are those of its LSTM gate, which is not this one). Gradients go
+through all blocks of a row; there a row is 4,096 tokens and goes on from the states and the window
+of the one before, without gradient.
 """
 
 from __future__ import annotations
@@ -173,7 +171,7 @@ class StateVectors(nn.Module):
 
     def read(self, states: Tensor) -> Tensor:
         """(B, N_s, E) states as keys, values and queries are made of them."""
-        return self.layernorm(states + self.ids)
+        return self.layernorm(states) + self.ids
 
     def keys_and_values(self, read: Tensor) -> KeyValues:
         """(B, N_s, G, D) each, for tokens and for the states themselves."""
@@ -314,9 +312,10 @@ class BlockRecurrentModel(BaselineModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, StateVectors):
-            init.normal_(module.initial, mean=0.0, std=self.config.initializer_range)
-            init.normal_(module.ids, mean=0.0, std=self.config.initializer_range)
-            init.ones_(module.gate_bias)
+            init.normal_(module.initial, mean=0.0, std=0.1)
+            # As large as what the norm lets through.
+            init.normal_(module.ids, mean=0.0, std=1.0)
+            init.normal_(module.gate_bias, mean=0.0, std=0.1)
 
     def forward(self, input_ids: Tensor, state: BaselineState | None) -> Tensor:
         """See `BaselineModel`."""

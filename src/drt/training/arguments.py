@@ -47,6 +47,8 @@ def training_arguments(config: RunConfig, model: PreTrainedModel) -> TrainingArg
         report_to=["tensorboard"] if training.tensorboard else "none",
         remove_unused_columns=False,
         disable_tqdm=True,
+        # Only what is saved of it matters: a model that is saved without does not generate.
+        use_cache=True,
         use_cpu=not torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
         # Each process takes its own parts.

@@ -83,7 +83,14 @@ def _tokenizer(config: RunConfig, initial: Checkpoint | None) -> PreTrainedToken
     if config.tokenizer is not None:
         return load_tokenizer(config.tokenizer)
     if config.text is not None:
-        return load_tokenizer(str(Path(config.text.corpus) / TOKENIZER_FOLDER))
+        folder = Path(config.text.corpus) / TOKENIZER_FOLDER
+        if not folder.is_dir():
+            # The hub would be asked for a tokenizer of that name.
+            raise ValueError(
+                f"text.corpus is {config.text.corpus!r}, where `drt data prepare` has written no "
+                f"corpus: there is no {folder}"
+            )
+        return load_tokenizer(str(folder))
     return load_tokenizer(BYTES) if initial is None else initial.tokenizer
 
 
@@ -111,7 +118,7 @@ def _text(
     if len(held_out) < text.validation_rows:
         raise ValueError(
             f"{held_out.split.folder} has {len(held_out)} rows of {text.length} tokens, "
-            f"text.validation_rows is {text.validation_rows}"
+            f"text.validation_rows is {text.validation_rows}: lower it, or hold more text out"
         )
     return steps, [held_out[index] for index in range(text.validation_rows)]
 

@@ -79,7 +79,9 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     }
     head = getattr(model, "lm_head", None)
     embeddings |= {id(p) for p in head.parameters()} if head is not None else set()
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trained if p.dim() == 2 and id(p) not in embeddings]
+    # Rows of vectors that are learned one by one, as states are, are no linear layer either.
+    matrices = [p for p in trained if id(p) in linear - embeddings]
     chosen = {id(p) for p in matrices}
     return matrices, [p for p in trained if id(p) not in chosen]
