@@ -178,6 +178,14 @@ def test_micro_batches_that_do_not_share_out_are_refused(
         train(config)
 
 
+def test_one_process_does_not_take_several_gpus(
+    prepared: Path, small_model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="one process sees 2 GPUs: start one a GPU with torchrun"):
+        train(text_run(prepared, small_model))
+
+
 def test_fields_of_another_kind_of_model_are_left_behind() -> None:
     below = {"model": {"hidden_size": 16, "chunk_size": 8}, "seed": 1}
     merged = overlay(below, {"model": {"model_type": "llama", "num_hidden_layers": 3}})

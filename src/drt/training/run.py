@@ -127,6 +127,12 @@ def _check_processes(config: RunConfig, num_processes: int) -> None:
                 f"{rows} rows of {length} tokens a step cannot be shared out over {num_processes} "
                 f"processes with {config.training.num_micro_batches} micro-batches each"
             )
+    if num_processes == 1 and torch.cuda.device_count() > 1:
+        # The Trainer would spread the rows of a part over them in one process.
+        raise ValueError(
+            f"one process sees {torch.cuda.device_count()} GPUs: start one a GPU with torchrun, or "
+            "choose one with CUDA_VISIBLE_DEVICES"
+        )
     if config.training.sharding == "fsdp" and not torch.cuda.is_available():
         raise ValueError(
             "training.sharding is fsdp: accelerate shards on GPUs only and would train without; "
