@@ -25,8 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Train and say where the model is."""
+    from transformers.utils.logging import disable_progress_bar
+
     from drt.training import load_config, train
 
+    # Bars for saving would only hide the one that matters.
+    disable_progress_bar()
     config = load_config(find_config(options.config), options.overrides)
     final = train(config, resume=options.resume, overwrite=options.overwrite)
     # torchrun starts one of these a process, and tells each its number.
