@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from drt.data import BabiStories, Corpus, batch, load_corpus, load_tokenizer
 from drt.data.babi import encode_stories, load_stories, scatter
+from drt.data.reading import json_rows
 
 PLACES = ("garden", "kitchen", "office", "hallway")
 BOTH = [1, 2]
@@ -207,6 +208,21 @@ def test_rows_that_are_no_stories_are_refused(
     path.write_text(json.dumps({"task": 1, "question": "?", "answer": "a", **row}) + "\n")
     with pytest.raises(ValueError, match=match):
         load_stories(path)
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    whole = lzma.compress(b"{}\n" * 99)
+    for name, data, match in (
+        ("cut.jsonl.xz", whole[:-9], "cut.jsonl.xz is not a whole xz file"),
+        ("broken.jsonl", b"{", "broken.jsonl does not hold a JSON object a line: line 1"),
+        ("latin.jsonl", b'"\xe9"', "latin.jsonl does not hold a JSON object a line: line 1"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        rows = json_rows(tmp_path / name)
+        with pytest.raises(ValueError, match=re.escape(match)):
+            list(rows)
+    with pytest.raises(ValueError, match="does not hold a JSON object a line"):
+        load_stories(tmp_path / "broken.jsonl")
 
 
 def test_wrong_arguments_are_refused(byte_corpus: Corpus, stories_file: str) -> None:

@@ -5,8 +5,6 @@ A story is a list of facts, a question and an answer that some of the facts supp
 haystack. The question ends where a chunk ends and the answer comes right after it.
 """
 
-import json
-import lzma
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -27,6 +25,7 @@ from drt.data.needle_rows import (
 from drt.data.needle_texts import Fact, Query
 from drt.data.needles import EVALUATION, TRAINING, VALIDATION, check_range, generator
 from drt.data.placement import Sizes, context_length, question_ends
+from drt.data.reading import json_rows
 from drt.data.sentences import sentence_borders
 from drt.data.tokenization import encode_batch
 
@@ -191,18 +190,17 @@ def load_stories(path: str | Path) -> list[Story]:
     """Read the stories of a ``.jsonl`` file, or of a ``.jsonl.xz``.
 
     Raises:
-        ValueError: there is no such file, or a row is not a story.
+        ValueError: there is no such file, it is damaged, or a row is not a story.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no stories at {path}: there is no such file")
     stories = []
-    with lzma.open(path, "rt") if path.suffix == ".xz" else path.open() as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                stories.append(_story(json.loads(line)))
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {number}, is not a story: {error!r}") from error
+    for number, row in json_rows(path):
+        try:
+            stories.append(_story(row))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}, line {number}, is not a story: {error!r}") from error
     return stories
 
 

@@ -10,7 +10,7 @@ import sysconfig
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 XZ_SUFFIX = ".xz"
 ROWS_SUFFIX = ".jsonl"
@@ -196,6 +196,31 @@ def _read_rows(
             )
         if len(text.encode()) < len(data) or not max_bytes:
             return
+
+
+def json_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield the lines of a ``.jsonl`` file, or of a ``.jsonl.xz``: number, from 1, and value.
+
+    Blank lines are left out.
+
+    Raises:
+        ValueError: a line that is not JSON in UTF-8, or an xz file that is not whole.
+    """
+    with lzma.open(path) if path.suffix == XZ_SUFFIX else path.open("rb") as lines:
+        try:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield number, _parsed(line, path, number)
+        except (lzma.LZMAError, EOFError) as error:
+            raise ValueError(f"{path} is not a whole xz file: {error}") from error
+
+
+def _parsed(line: bytes, path: Path, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        message = f"{path} does not hold a JSON object a line: line {number}: {error}"
+        raise ValueError(message) from error
 
 
 def parse_row(line: bytes) -> tuple[object, bytes]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import lzma
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import Any, NamedTuple, overload
 
 from drt.data.prepared.hub import load_hub_splits
 from drt.data.prepared.sources import SPLIT_NAMES, find_splits
-from drt.data.reading import ROWS_SUFFIX, XZ_SUFFIX
+from drt.data.reading import ROWS_SUFFIX, XZ_SUFFIX, json_rows
 
 # What the fields of rows are called, in the sets that are known:
 #
@@ -247,11 +245,4 @@ def _known(split: str, splits: dict[str, Any], where: str) -> str:
 def _read_rows(path: Path) -> list[Any]:
     if not path.name.removesuffix(XZ_SUFFIX).endswith(ROWS_SUFFIX):
         raise ValueError(f"{path} is not a {ROWS_SUFFIX} file: summaries are read from rows")
-    open_file = lzma.open if path.suffix == XZ_SUFFIX else open
-    try:
-        with open_file(path, "rt", encoding="utf-8") as lines:
-            return [json.loads(line) for line in lines if line.strip()]
-    except (lzma.LZMAError, EOFError) as error:
-        raise ValueError(f"{path} is not a whole xz file: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} does not hold a JSON object a line: {error}") from error
+    return [row for _, row in json_rows(path)]
