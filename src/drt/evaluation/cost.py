@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from drt import hardware
 from drt.checkpoints import Checkpoint
-from drt.evaluation.figure import short_length
 from drt.evaluation.flops import count_flops
 from drt.evaluation.held_bytes import held_bytes
 from drt.evaluation.memory import peak_growth
 from drt.evaluation.needles import temporary_memory
+from drt.evaluation.pictures import short_length
 from drt.evaluation.reading import Reading, check_length, start_reading
 
 # Tokens decoded in a sample by models that know no chunks.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from drt.evaluation.pictures import length_axis, pyplot, save, short_length
+
 _COLORS = {"drt": "#0b6e4f", "baseline": "#b5452c"}
 _LABELS = {"drt": "DRT", "baseline": "sliding window"}
 
@@ -16,12 +18,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         results: the content of results.json.
         path: where to; its ending chooses the format.
     """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (accuracy, seconds, memory) = plt.subplots(1, 3, figsize=(13, 3.8), dpi=150)
+    figure, (accuracy, seconds, memory) = pyplot().subplots(1, 3, figsize=(13, 3.8), dpi=150)
     for name, model in results["models"].items():
         _draw_accuracy(accuracy, name, model)
         single = model["single"]
@@ -39,18 +36,13 @@ def draw(results: dict[str, Any], path: Path) -> None:
     accuracy.set(title="Needles answered exactly", ylabel="exact match", ylim=(-0.04, 1.04))
     seconds.set(title="Time for one context", ylabel="seconds", yscale="log")
     memory.set(title="Peak memory of the process", ylabel="GiB", ylim=(0, None))
+    lengths = [row["length"] for row in next(iter(results["models"].values()))["single"]]
     for axis in (accuracy, seconds, memory):
-        axis.set_xscale("log", base=2)
-        ticks = [row["length"] for row in next(iter(results["models"].values()))["single"]]
-        axis.set_xticks(ticks, [short_length(tick) for tick in ticks])
-        axis.minorticks_off()
+        length_axis(axis, {length: short_length(length) for length in lengths})
         axis.set_xlabel("context, tokens")
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
     accuracy.legend(frameon=False, fontsize=8, loc="center right")
     figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+    save(figure, path)
 
 
 def _draw_accuracy(axis: Any, name: str, model: dict[str, Any]) -> None:
@@ -65,10 +57,3 @@ def _draw_accuracy(axis: Any, name: str, model: dict[str, Any]) -> None:
             marker="o",
             label=label,
         )
-
-
-def short_length(tokens: int) -> str:
-    """1024 -> 1K, 1048576 -> 1M."""
-    if tokens % 2**20 == 0:
-        return f"{tokens // 2**20}M"
-    return f"{tokens // 2**10}K" if tokens % 2**10 == 0 else str(tokens)

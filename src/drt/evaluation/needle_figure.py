@@ -5,10 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from drt.evaluation.figure import short_length
-
-# Okabe and Ito's colours, which the colour-blind can tell apart.
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+from drt.evaluation.pictures import length_axis, pyplot, save, short_length, style
 
 
 def draw(models: dict[str, list[dict[str, Any]]], path: Path) -> None:
@@ -24,14 +21,10 @@ def draw(models: dict[str, list[dict[str, Any]]], path: Path) -> None:
     models = {name: rows for name, rows in models.items() if rows}
     if not models:
         raise ValueError("there are no scores to draw")
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
     by_depth = any(row["depth"] is not None for rows in models.values() for row in rows)
     count = len(models) if by_depth else 1
-    figure, axes = plt.subplots(1, count, figsize=(5.2 * count, 3.8), dpi=150, squeeze=False)
+    size = (5.2 * count, 3.8)
+    figure, axes = pyplot().subplots(1, count, figsize=size, dpi=150, squeeze=False)
     if by_depth:
         for axis, (name, rows) in zip(axes[0], models.items(), strict=True):
             image = _draw_map(axis, name, rows)
@@ -39,8 +32,7 @@ def draw(models: dict[str, list[dict[str, Any]]], path: Path) -> None:
     else:
         _draw_curves(axes[0][0], models)
         figure.tight_layout()
-    figure.savefig(path, bbox_inches="tight")
-    plt.close(figure)
+    save(figure, path, bbox_inches="tight")
 
 
 def _draw_map(axis: Any, name: str, rows: list[dict[str, Any]]) -> Any:
@@ -65,15 +57,11 @@ def _draw_curves(axis: Any, models: dict[str, list[dict[str, Any]]]) -> None:
     """Exact match by length, with its 95 % interval as a band."""
     ticks = sorted({row["length"] for rows in models.values() for row in rows})
     for number, (name, rows) in enumerate(models.items()):
-        color = _COLORS[number % len(_COLORS)]
+        line = style(number)
         lengths = [row["length"] for row in rows]
-        axis.plot(lengths, [r["exact_match"] for r in rows], color=color, marker="o", label=name)
+        axis.plot(lengths, [row["exact_match"] for row in rows], label=name, **line)
         lows, highs = zip(*(row["exact_match_interval"] for row in rows), strict=True)
-        axis.fill_between(lengths, lows, highs, color=color, alpha=0.15, linewidth=0)
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(ticks, [short_length(tick) for tick in ticks])
-    axis.minorticks_off()
+        axis.fill_between(lengths, lows, highs, color=line["color"], alpha=0.15, linewidth=0)
+    length_axis(axis, {tick: short_length(tick) for tick in ticks})
     axis.set(xlabel="context, tokens", ylabel="exact match", ylim=(-0.04, 1.04))
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8)

@@ -19,7 +19,7 @@ from drt.evaluation.document_losses import (
     paired_difference,
     sum_by_document,
 )
-from drt.evaluation.figure import short_length
+from drt.evaluation.pictures import short_length
 from drt.evaluation.text_counts import Spelling
 from drt.evaluation.token_losses import book_nats, window_nats
 from drt.evaluation.windows import (

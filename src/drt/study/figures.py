@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from drt.evaluation.figure import short_length
+from drt.evaluation.pictures import length_axis, pyplot, save, short_length, style
 from drt.study.config import Curve
 
 
@@ -19,35 +19,23 @@ def draw_curve(path: Path, series: dict[str, list[Any]], *, curve: Curve, title:
         curve: which keys, and how they are shown.
         title: what stands above.
     """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7, 4.2), dpi=130)
-    colors = plt.get_cmap("viridis").resampled(max(len(series), 2))
+    figure, axis = pyplot().subplots(figsize=(7, 4.2), dpi=130)
     ticks: set[float] = set()
     for number, (row, seeds) in enumerate(series.items()):
         points = _points(seeds, curve)
         ticks |= set(points)
         right = sorted(points)
-        style = {"color": colors(number), "label": row, "marker": "os^Dv*P"[number % 7]}
-        axis.plot(right, [fmean(points[x]) for x in right], **style)
+        line = style(number)
+        axis.plot(right, [fmean(points[x]) for x in right], label=row, **line)
         low, high = ([edge(points[x]) for x in right] for edge in (min, max))
-        axis.fill_between(right, low, high, color=colors(number), alpha=0.15, linewidth=0)
+        axis.fill_between(right, low, high, color=line["color"], alpha=0.15, linewidth=0)
     axis.set(title=title, xlabel=curve.x.replace("_", " "), ylabel=curve.y.replace("_", " "))
-    axis.set_xscale("log", base=2)
+    length_axis(axis, {x: short_length(int(x)) for x in sorted(ticks)})
     if curve.log_y:
         axis.set_yscale("log")
-    shown = sorted(ticks)
-    axis.set_xticks(shown, [short_length(int(x)) for x in shown])
-    axis.minorticks_off()
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8)
     figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+    save(figure, path)
 
 
 def _points(seeds: list[Any], curve: Curve) -> dict[float, list[float]]:
