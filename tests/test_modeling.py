@@ -182,6 +182,23 @@ def test_gradients_flow_through_short_chunks(ids: torch.Tensor) -> None:
         assert torch.allclose(padded, grid, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("segment_size", [4096, 48])
+def test_a_reading_returns_what_the_next_token_is_predicted_from(
+    model: DRTForCausalLM, ids: torch.Tensor, segment_size: int
+) -> None:
+    ragged = torch.ones_like(ids)
+    ragged[1, 150:] = 0
+    last, state = torch.tensor([ids.shape[1] - 1, 149]), model.new_state(2)
+    hidden = model.read(ids, state, attention_mask=ragged, segment_size=segment_size)
+    logits = model(ids, attention_mask=ragged).logits[torch.arange(2), last]
+    assert hidden is not None
+    assert hidden.shape == (2, 1, model.config.hidden_size)
+    # Sums of some hundred float32 terms in another order.
+    torch.testing.assert_close(model.lm_head(hidden)[:, 0], logits, atol=1e-4, rtol=1e-4)
+    assert model.read(ids[:, :0], state) is None
+    assert model.read(ids, state, complete=False) is None
+
+
 def test_runs_in_bfloat16(ids: torch.Tensor) -> None:
     model = DRTForCausalLM(tiny_config()).bfloat16().eval()
     state = model.new_state(2)

@@ -20,6 +20,7 @@ class DRTReading:
     # What the class is mixed into has.
     config: Any
     model: Any
+    _predictions: Any
 
     @torch.no_grad()
     def read(
@@ -31,7 +32,7 @@ class DRTReading:
         chunk_ends: Tensor | None = None,
         segment_size: int = 4096,
         complete: bool = True,
-    ) -> None:
+    ) -> Tensor | None:
         """Read a text of any length into a state, in segments, without logits.
 
         Layers whose work no later token can see are left out. Only the lower layers and the chunk
@@ -46,6 +47,10 @@ class DRTReading:
             segment_size: tokens of one forward; bounds the working memory.
             complete: False leaves out the upper layers altogether: right when more text follows,
                 at least `reach` tokens in the read that completes the state.
+
+        Returns:
+            (B, 1, E) from which `lm_head` predicts the token that follows; None of an empty text,
+            and where `complete` is False. Of a row of padding alone it means nothing.
         """
         if segment_size < 1:
             raise ValueError(f"segment_size must be at least 1, got {segment_size}")
@@ -58,7 +63,7 @@ class DRTReading:
         tail = max(length - self.reach, 0) if complete else length
         if complete and tail and self._some_row_goes_on(content, state):
             tail = 0
-        first = 0
+        out, first = None, 0
         if tail and self.config.retrieval_groups:
             state.forget_layers(self.config.num_lower_layers)
         elif tail:
@@ -68,7 +73,8 @@ class DRTReading:
             part = Marks(*(mark if mark is None else mark[:, begin:end] for mark in marks))
             ids = input_ids[:, begin:end]
             embeddings = self.model.embed_tokens(ids)
-            self.model(embeddings, state, input_ids=ids, marks=part, memory_only=end <= tail)
+            out = self.model(embeddings, state, input_ids=ids, marks=part, memory_only=end <= tail)
+        return None if out is None or not complete else self._predictions(out, 1)
 
     def _some_row_goes_on(self, content: np.ndarray | None, state: DRTState) -> bool:
         """Whether a row gets too few tokens to see none of those that it read before."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from drt.baselines.base import BaselineForCausalLM
 from drt.loss import losses_of_logits
 from drt.memory import ChunkMemory
-from drt.modeling import DRTForCausalLM, DRTModel, DRTModelOutput
+from drt.modeling import DRTForCausalLM
 from drt.retrieval import Retrieval
 
 NewMemory = Callable[[], AbstractContextManager[ChunkMemory]]
@@ -235,11 +235,8 @@ class DRTReading(Reading):
         self.state = self.state.fork()
 
     def _read(self, ids: Tensor) -> Tensor:
-        with _last_output(self.model.model) as seen:
-            self.model.read(ids[None], self.state, segment_size=self.segment_size)
-        last = seen[-1]
-        hidden = last.layout.take_predictions(last.hidden, slice(-1, None))
-        return self.model.lm_head(self.model.model.norm(hidden))[0, -1]
+        hidden = self.model.read(ids[None], self.state, segment_size=self.segment_size)
+        return self.model.lm_head(hidden)[0, -1]
 
     def _forward(self, ids: Tensor, *, keep: int = 0) -> Tensor:
         out = self.model(ids[None], past_key_values=self.state, logits_to_keep=keep)
@@ -261,21 +258,6 @@ class DRTReading(Reading):
         )
         retrievals = tuple(Retrieval(*(part[:, -1:] for part in r)) for r in out.retrievals or ())
         return out.logits[0, -1], retrievals
-
-
-@contextmanager
-def _last_output(model: DRTModel) -> Iterator[list[DRTModelOutput]]:
-    """Keep the output of the model's last forward, from which the next token is predicted."""
-    seen: list[DRTModelOutput] = []
-
-    def keep(module: Any, arguments: Any, output: DRTModelOutput) -> None:
-        seen[:] = [output]
-
-    handle = model.register_forward_hook(keep)
-    try:
-        yield seen
-    finally:
-        handle.remove()
 
 
 class CachedReading(Reading):
