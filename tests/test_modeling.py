@@ -199,6 +199,21 @@ def test_a_reading_returns_what_the_next_token_is_predicted_from(
     assert model.read(ids, state, complete=False) is None
 
 
+@pytest.mark.parametrize("window", [1, 24])
+@pytest.mark.parametrize("more", [-1, 0, 1, 40])
+def test_a_reading_without_retrieval_sees_all_that_its_last_token_sees(
+    window: int, more: int
+) -> None:
+    config = tiny_config(retrieval_groups=[], sliding_window=window)
+    model = DRTForCausalLM(config).double().eval()
+    ids = torch.randint(0, 61, (1, max(model.reach + more, 1)))
+    hidden = model.read(ids, model.new_state())
+    # Sums of some hundred float64 terms in another order; a token too few costs 1e-5.
+    torch.testing.assert_close(
+        model.lm_head(hidden), model(ids, logits_to_keep=1).logits, atol=1e-12, rtol=1e-12
+    )
+
+
 def test_runs_in_bfloat16(ids: torch.Tensor) -> None:
     model = DRTForCausalLM(tiny_config()).bfloat16().eval()
     state = model.new_state(2)

@@ -216,8 +216,8 @@ class Ingestion:
         meter = _Meter(on_progress)
         left = self.remaining(inputs)
         waiting: deque[_Block] = deque()
-        # At least one token waits, so that there is always a place to go on from.
-        held, reach = 0, max(self.model.reach, 1)
+        # `reach` tokens wait, at least one, so that there is always a place to go on from.
+        held, reach = 0, self.model.reach
         for block in self._blocks(left, meter):
             waiting.append(block)
             held += len(block.ids)

@@ -88,13 +88,13 @@ class DRTReading:
 
     @property
     def reach(self) -> int:
-        """Tokens before a position that the layers above the memory can see from it."""
+        """Tokens, its own included, that the layers above the memory can see from a position."""
         config = self.config
         groups = len(config.retrieval_groups)
         layers = config.num_upper_layers if groups else config.num_hidden_layers
         # A layer looks back W - 1 positions; a retrieval is a chunk old at most when it is used.
         retrievals = (groups + 1) * (config.chunk_size + 1) if groups else 0
-        return layers * (config.sliding_window - 1) + retrievals
+        return layers * (config.sliding_window - 1) + retrievals + 1
 
 
 def _segments(begin: int, length: int, tail: int, size: int) -> Iterator[tuple[int, int]]:
