@@ -10,7 +10,7 @@ bfloat16 inputs in bfloat16.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +91,45 @@ def losses_of_head(
             f"{type(head).__name__}; set config.loss_chunk_size = None"
         )
     return head(hidden, targets, chunk_size), None
+
+
+class Predictions(NamedTuple):
+    """What a head makes of hidden states; each is None where it was not asked for or not held."""
+
+    logits: Tensor | None
+    """(B, T, V)."""
+    token_losses: Tensor | None
+    """(B, T - 1) of predicting labels 1 .. T - 1, in nats, 0 at `IGNORED`."""
+    loss: Tensor | None
+    """Their mean, as `mean_loss`."""
+
+
+def predict(
+    head: nn.Module,
+    hidden: Tensor,
+    labels: Tensor | None,
+    *,
+    chunk_size: int | None,
+    num_items_in_batch: Tensor | int | None = None,
+) -> Predictions:
+    """Predict the token after each one: the end of every forward.
+
+    Args:
+        head: as in `losses_of_head`.
+        hidden: (B, T, E), after the final norm.
+        labels: (B, T) int64, the tokens themselves or `IGNORED`; None = logits only.
+        chunk_size: as in `losses_of_head`, with labels; then there are no logits.
+        num_items_in_batch: as in `mean_loss`.
+
+    Raises:
+        ValueError: as `losses_of_head`.
+    """
+    if labels is None:
+        return Predictions(head(hidden), None, None)
+    targets = next_tokens(labels).to(hidden.device)
+    losses, logits = losses_of_head(head, hidden, targets, chunk_size=chunk_size)
+    loss = mean_loss(losses, targets, num_items_in_batch=num_items_in_batch)
+    return Predictions(logits, losses[:, :-1], loss)
 
 
 class LanguageModelHead(nn.Linear):

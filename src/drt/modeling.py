@@ -33,7 +33,7 @@ from drt.layers import (
     landmark_projection,
     rotary_factors,
 )
-from drt.loss import LanguageModelHead, losses_of_head, mean_loss, next_tokens
+from drt.loss import LanguageModelHead, predict
 from drt.memory import ChunkMemory, TrainingMemory
 from drt.reading_ahead import DRTReading
 from drt.retrieval import Retrieval
@@ -412,19 +412,14 @@ class DRTForCausalLM(DRTPreTrainedModel, DRTReading, DRTGeneration, GenerationMi
             marks = self._close_some_early(marks, embeddings, generator)
         out = self.model(embeddings, state, input_ids=input_ids, marks=marks, generator=generator)
         hidden = self._predictions(out, logits_to_keep)
-        if labels is None:
-            loss, losses, logits = None, None, self.lm_head(hidden)
-        else:
-            targets = next_tokens(labels).to(hidden.device)
-            chunk_size = self.config.loss_chunk_size if self.training else None
-            losses, logits = losses_of_head(self.lm_head, hidden, targets, chunk_size=chunk_size)
-            loss = mean_loss(losses, targets, **extra)
+        chunk_size = self.config.loss_chunk_size if self.training else None
+        found = predict(self.lm_head, hidden, labels, chunk_size=chunk_size, **extra)
         return DRTCausalLMOutput(
-            loss=loss,
-            logits=logits,
+            loss=found.loss,
+            logits=found.logits,
             past_key_values=state,
             retrievals=out.retrievals if output_retrievals else None,
-            token_losses=losses[:, :-1] if output_token_losses and losses is not None else None,
+            token_losses=found.token_losses if output_token_losses else None,
         )
 
     def _predictions(self, out: DRTModelOutput, keep: int | Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from transformers.modeling_utils import PreTrainedModel
 from drt.arguments import check_labels, loss_kwargs, make_marks
 from drt.configuration import refuse_unknown_fields
 from drt.layers import DRTRMSNorm
-from drt.loss import LanguageModelHead, losses_of_head, mean_loss, next_tokens
+from drt.loss import LanguageModelHead, predict
 
 
 @strict
@@ -332,18 +332,13 @@ class BaselineForCausalLM(BaselinePreTrainedModel, GenerationMixin):
         is_count = isinstance(logits_to_keep, int)
         kept = slice(-logits_to_keep or None, None) if is_count else logits_to_keep
         hidden = self.model.norm(hidden[:, kept])
-        if labels is None:
-            loss, losses, logits = None, None, self.lm_head(hidden)
-        else:
-            targets = next_tokens(labels).to(hidden.device)
-            chunk_size = self.config.loss_chunk_size if self.training else None
-            losses, logits = losses_of_head(self.lm_head, hidden, targets, chunk_size=chunk_size)
-            loss = mean_loss(losses, targets, **extra)
+        chunk_size = self.config.loss_chunk_size if self.training else None
+        found = predict(self.lm_head, hidden, labels, chunk_size=chunk_size, **extra)
         return BaselineOutput(
-            loss=loss,
-            logits=logits,
+            loss=found.loss,
+            logits=found.logits,
             past_key_values=state,
-            token_losses=losses[:, :-1] if output_token_losses and losses is not None else None,
+            token_losses=found.token_losses if output_token_losses else None,
         )
 
     def _prepare_cache_for_generation(
