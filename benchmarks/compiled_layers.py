@@ -99,7 +99,7 @@ def run_stages(config: RunConfig, repeats: int) -> list[list[Any]]:
         samples = measure({"plain": plain.step, "compiled": compiled.step}, repeats=repeats)
         times = [f"{1e3 * median(samples[name]):.0f}" for name in samples]
         graphs = counters["stats"]["unique_graphs"]
-        shape = f"{config.training.tokens_per_step // stage.length} x {stage.length}"
+        shape = f"{config.training.rows_per_step(stage.length)} x {stage.length}"
         rows.append([shape, *times, str(ratio(samples, "compiled", to="plain")), compiling, graphs])
     return rows
 

@@ -89,6 +89,10 @@ class TrainingConfig:
     """Peak rate of a device in the run's precision, 10^12 operations a second, of which MFU is the
     share that is reached; None = as published for the GPU, and no MFU where that is not known."""
 
+    def rows_per_step(self, length: int) -> int:
+        """Rows of so many tokens that a step has."""
+        return self.tokens_per_step // length
+
 
 @dataclass(frozen=True)
 class TextData:

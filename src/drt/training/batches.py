@@ -81,7 +81,7 @@ class NeedleSteps:
             self.corpus,
             seed=self.config.seed,
             index=step,
-            batch_size=training.tokens_per_step // stage.length,
+            batch_size=training.rows_per_step(stage.length),
             length=stage.length,
             chunk_size=self.chunk_size,
         )

@@ -69,14 +69,7 @@ def make_materials(config: RunConfig, corpus: Corpus | None = None) -> Materials
     attach_tokenizer(model, tokenizer)
     if config.text is not None:
         _check_documents(model, config.text)
-    if not config.training.evaluate_every:
-        validation = ()
     return Materials(tokenizer, model, source, curriculum, corpus, validation)
-
-
-def rows_per_step(config: RunConfig, length: int) -> int:
-    """Rows of a length that a step has."""
-    return config.training.tokens_per_step // length
 
 
 def _tokenizer(config: RunConfig, initial: Checkpoint | None) -> PreTrainedTokenizerBase:
@@ -98,7 +91,7 @@ def _text(
     config: RunConfig, text: TextData, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[StepSource, Sequence[dict[str, Tensor]]]:
     """Steps of text, and rows of the validation split, which are the same for all seeds."""
-    folder, per_step = Path(text.corpus), rows_per_step(config, text.length)
+    folder, per_step = Path(text.corpus), config.training.rows_per_step(text.length)
     once = TokenRows(
         folder / text.split, length=text.length, documents=text.documents, tokenizer=tokenizer
     )
@@ -132,7 +125,7 @@ def _summaries(
         tokenizer,
         seed=config.seed,
         num_steps=config.training.num_steps,
-        batch_size=rows_per_step(config, data.length),
+        batch_size=config.training.rows_per_step(data.length),
     )
     steps = SummarySteps(batches, closes_prompts=closes)
     if not config.training.evaluate_every:

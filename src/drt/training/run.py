@@ -26,7 +26,7 @@ from drt.training.callbacks import (
 from drt.training.compilation import compile_layers
 from drt.training.evaluate import NeedleEvaluation, ValidationLoss
 from drt.training.folder import FINAL_FOLDER, METRICS_FILE, check_folder
-from drt.training.materials import Materials, make_materials, rows_per_step
+from drt.training.materials import Materials, make_materials
 from drt.training.speed import speed_meter
 from drt.training.trainer import RunTrainer
 
@@ -121,7 +121,7 @@ def _check_processes(config: RunConfig, num_processes: int) -> None:
     """Refuse rows that cannot be shared out, and sharding where there is nothing to do it."""
     parts = num_processes * config.training.num_micro_batches
     for length in config.row_lengths:
-        rows = rows_per_step(config, length)
+        rows = config.training.rows_per_step(length)
         if rows % parts:
             raise ValueError(
                 f"{rows} rows of {length} tokens a step cannot be shared out over {num_processes} "
