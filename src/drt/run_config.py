@@ -328,37 +328,46 @@ def _convert_plain(hint: Any, args: tuple[Any, ...], value: Any, where: str) -> 
     return value
 
 
-def apply_override(data: dict[str, Any], override: str) -> None:
+def apply_override(data: dict[str, Any], override: str, *, noun: str = "override") -> None:
     """Set one "dotted.key=value" in nested mappings and lists, the value in YAML.
+
+    Args:
+        data: what is changed; mappings on the way to the key are made.
+        override: the key and its value.
+        noun: what messages call it.
 
     Raises:
         ValueError: no key=value, no YAML, or a key that leads nowhere.
     """
     key, equals, text = override.partition("=")
     if not equals:
-        raise ValueError(f"an override reads key=value, got {override!r}")
+        article = "an" if noun[0] in "aeiou" else "a"
+        raise ValueError(f"{article} {noun} reads key=value, got {override!r}")
+    where = f"{noun} {override!r}"
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"override {override!r} is not YAML: {error}") from error
-    *parents, last = key.split(".")
-    node: Any = data
-    for name in parents:
-        if isinstance(node, list):
-            node = node[_item(node, name, override)]
-        elif isinstance(node, dict):
-            node = node.setdefault(name, {})
-        else:
-            raise ValueError(f"override {override!r}: {name} is inside a plain value")
-    if isinstance(node, list):
-        node[_item(node, last, override)] = value
-    elif isinstance(node, dict):
-        node[last] = value
-    else:
-        raise ValueError(f"override {override!r}: {last} is inside a plain value")
+        raise ValueError(f"{where} is not YAML: {error}") from error
+    _set(data, key.split("."), value, where)
 
 
-def _item(items: list[Any], name: str, override: str) -> int:
-    if not name.isdigit() or int(name) >= len(items):
-        raise ValueError(f"override {override!r}: {name} is no item of a list of {len(items)}")
+def _set(node: Any, names: list[str], value: Any, where: str) -> None:
+    """Set what the names lead to from a mapping or list on; mappings on the way are made."""
+    name, *rest = names
+    key = _key(node, name, where)
+    if not rest:
+        node[key] = value
+        return
+    inner = node[key] if isinstance(node, list) else node.setdefault(key, {})
+    if not isinstance(inner, (dict, list)):
+        raise ValueError(f"{where}: {rest[0]} is inside a plain value: {name} is a plain value")
+    _set(inner, rest, value, where)
+
+
+def _key(node: Any, name: str, where: str) -> Any:
+    """The key of a mapping, or the number of an item of a list."""
+    if not isinstance(node, list):
+        return name
+    if not name.isdigit() or int(name) >= len(node):
+        raise ValueError(f"{where}: {name} is no item of a list of {len(node)}")
     return int(name)

@@ -39,6 +39,7 @@ def test_settings_are_laid_over_defaults() -> None:
     assert (task.lengths, task.depths, task.seeds) == ([256], [0.0, 0.5], [4])
     assert (task.memory, task.questions) == ("disk", 64)
     assert make_task("needle") == make_task("single") == NeedleEvaluationTask()
+    assert parse_settings(["lengths=[256, 512]", "lengths.1=1024"]) == {"lengths": [256, 1024]}
 
 
 @pytest.mark.parametrize(

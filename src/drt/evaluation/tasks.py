@@ -21,7 +21,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from drt.checkpoints import Checkpoint
 from drt.evaluation.needles import common_chunk_size
-from drt.run_config import build, overlay
+from drt.run_config import apply_override, build, overlay
 from drt.unknown_keys import did_you_mean
 
 TASKS: dict[str, str] = {
@@ -89,23 +89,11 @@ def parse_settings(words: Iterable[str]) -> dict[str, Any]:
     """Settings from "key=value" words: dotted keys reach into mappings, values are YAML.
 
     Raises:
-        ValueError: a word without "=", or a key inside a plain value.
+        ValueError: as `apply_override`.
     """
     settings: dict[str, Any] = {}
     for word in words:
-        key, equals, text = word.partition("=")
-        if not equals:
-            raise ValueError(f"a setting reads key=value, got {word!r}")
-        *parents, last = key.split(".")
-        node = settings
-        for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                raise ValueError(f"setting {word!r}: {parent} is a plain value")
-        try:
-            node[last] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"setting {word!r} is not YAML: {error}") from error
+        apply_override(settings, word, noun="setting")
     return settings
 
 
