@@ -6,7 +6,16 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from drt.precision import Precision
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+from drt.architectures import attach_tokenizer
+from drt.data import load_tokenizer
+from drt.modeling import DRTForCausalLM
+from drt.precision import Precision, autocast
+from drt.run_config import CONFIG_FILE, load_config
 
 
 class Checkpoint(NamedTuple):
@@ -21,15 +30,8 @@ class Checkpoint(NamedTuple):
     precision: Precision
     """Precision of matrix products, as in the run's configuration."""
 
-    @property
-    def name(self) -> str:
-        """What to call it in a table: the run's folder, or the model's."""
-        return self.folder.parent.name if self.folder.name == "model" else self.folder.name
-
     def autocast(self) -> AbstractContextManager[Any]:
         """The context to run the model in."""
-        from drt.precision import autocast
-
         return autocast(self.precision, self.model.device)
 
 
@@ -53,15 +55,6 @@ def load_checkpoint(name: str | Path) -> Checkpoint:
             than the model.
         OSError: the hub has no such model, or cannot be reached.
     """
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
-    from drt.architectures import attach_tokenizer
-    from drt.data import load_tokenizer
-    from drt.run_config import CONFIG_FILE, load_config
-
     disable_progress_bar()
     found = Path(name) if is_hub_name(str(name)) else find_model(Path(name))
     run = found / CONFIG_FILE
@@ -93,8 +86,6 @@ def load_drt(name: str | Path) -> Checkpoint:
     Raises:
         ValueError: as `load_checkpoint`, or another kind of model.
     """
-    from drt.modeling import DRTForCausalLM
-
     checkpoint = load_checkpoint(name)
     if not isinstance(checkpoint.model, DRTForCausalLM):
         raise ValueError(f"{name} is a {type(checkpoint.model).__name__}, which has no memory")

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import yaml
 from transformers import AutoConfig, PreTrainedConfig
 
+import drt.architectures  # noqa: F401  (registers the kinds of models)
 from drt.checkpoints import Checkpoint
 from drt.evaluation.needles import common_chunk_size
 from drt.run_config import apply_override, build, overlay
@@ -113,8 +114,6 @@ def for_models(task: Any, models: Iterable[str | Path]) -> Any:
 
 
 def _config(model: str | Path) -> PreTrainedConfig:
-    import drt.architectures  # noqa: F401  (registers the kinds of models)
-
     try:
         return AutoConfig.from_pretrained(str(model))
     except (OSError, ValueError) as error:
