@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from drt.configuration import DRTConfig
-from drt.data import NeedleTask
+from drt.data import MULTI_TASK, NeedleTask
 from drt.data.prepared.rows import Documents
 from drt.data.summaries import SummaryData
 from drt.precision import Precision
@@ -121,9 +121,7 @@ class EvaluationConfig:
     """Content tokens of context and question."""
     single: NeedleTask = field(default_factory=NeedleTask)
     """The task with one needle."""
-    multi: NeedleTask = field(
-        default_factory=lambda: NeedleTask(kind="multi", num_keys=6, num_questions=6)
-    )
+    multi: NeedleTask = MULTI_TASK
     """The task with several named needles; its questions share a context."""
     num_questions: int = 64
     """Questions per length and task."""

@@ -6,12 +6,13 @@ from drt.data.chains import HOPS, VARIABLES
 from drt.data.corpora import SPLITS, Corpus, Document, Split, load_corpus
 from drt.data.needle_rows import AskedNeedle, NeedleExample, NeedleQuestion, NeedleRow
 from drt.data.needle_texts import MULTI, NAMES, SINGLE, NeedleTemplate
-from drt.data.needles import NeedleTask, score_answer
+from drt.data.needles import MULTI_TASK, NeedleTask, score_answer
 from drt.data.tokenization import byte_tokenizer, encode, load_tokenizer
 
 __all__ = [
     "HOPS",
     "MULTI",
+    "MULTI_TASK",
     "NAMES",
     "SINGLE",
     "SPLITS",

@@ -342,3 +342,7 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
     # Written so that NaN fails too.
     if not low <= value <= high:
         raise ValueError(f"{name} is {value}; it must be from {low} to {high}")
+
+
+MULTI_TASK = NeedleTask(kind="multi", num_keys=6, num_questions=6)
+"""The task with several named needles that evaluations ask; its questions share a context."""

@@ -8,12 +8,12 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from drt.checkpoints import Checkpoint
 from drt.data import BabiStories, Corpus, NeedleExample, load_corpus, score_answer
 from drt.evaluation.intervals import Interval, wilson_interval
 from drt.evaluation.needles import common_chunk_size, temporary_memory, tokens_needed
+from drt.evaluation.progress import token_bar
 from drt.evaluation.reading import check_length, start_reading
 
 
@@ -96,7 +96,7 @@ class BabiTask:
         scores = []
         # Long contexts take the time: the bar counts tokens read.
         total = sum(self._count(corpus, *cell, size) * cell[0] for cell in cells)
-        with tqdm(total=total, desc=title, unit="token", unit_scale=True, mininterval=1.0) as bar:
+        with token_bar(title, total) as bar:
             for length, task in cells:
                 answers = []
                 for index in range(self._count(corpus, length, task, size)):

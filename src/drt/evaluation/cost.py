@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from drt import hardware
 from drt.checkpoints import Checkpoint
@@ -22,6 +21,7 @@ from drt.evaluation.held_bytes import held_bytes
 from drt.evaluation.memory import peak_growth
 from drt.evaluation.needles import temporary_memory
 from drt.evaluation.pictures import short_length
+from drt.evaluation.progress import token_bar
 from drt.evaluation.reading import Reading, check_length, start_reading
 
 # Tokens decoded in a sample by models that know no chunks.
@@ -92,7 +92,7 @@ class CostTask:
         samples: dict[int, list[dict[str, Any]]] = {length: [] for length in lengths}
         steps: list[dict[str, Any]] = []
         total = self.num_repeats * sum(lengths)
-        with tqdm(total=total, desc=title, unit="token", unit_scale=True, mininterval=1.0) as bar:
+        with token_bar(title, total) as bar:
             measuring.inference(min(lengths[0], _WARM_UP))
             if self.training_length is not None:
                 measuring.training(self.training_length)

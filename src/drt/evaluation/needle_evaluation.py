@@ -8,10 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from tqdm import tqdm
-
 from drt.checkpoints import Checkpoint
-from drt.data import Corpus, NeedleTask, load_corpus
+from drt.data import MULTI_TASK, Corpus, NeedleTask, load_corpus
 from drt.data.tokenization import tokenizer_fingerprint
 from drt.evaluation.needles import (
     NeedleScore,
@@ -21,11 +19,9 @@ from drt.evaluation.needles import (
     temporary_memory,
     tokens_needed,
 )
+from drt.evaluation.progress import token_bar
 from drt.evaluation.reading import check_length, position_limit
 from drt.modeling import DRTForCausalLM
-
-MULTI_TASK = NeedleTask(kind="multi", num_keys=6, num_questions=6)
-"""The task with several named needles; its questions share a context."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +127,7 @@ class NeedleEvaluationTask:
         scores = []
         # Long contexts take the time: the bar counts tokens read.
         total = sum(self._contexts(model, corpus, length) * length for length, _ in points)
-        with tqdm(total=total, desc=title, unit="token", unit_scale=True, mininterval=1.0) as bar:
+        with token_bar(title, total) as bar:
             for length, depth in points:
                 bar.set_postfix(length=length, refresh=False)
                 score = partial(self._score_at, model, corpus, length, depth, bar)

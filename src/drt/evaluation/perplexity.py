@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from tqdm import tqdm
 
 from drt.checkpoints import Checkpoint
 from drt.data.prepared import PreparedSplit
@@ -20,6 +19,7 @@ from drt.evaluation.document_losses import (
     sum_by_document,
 )
 from drt.evaluation.pictures import short_length
+from drt.evaluation.progress import token_bar
 from drt.evaluation.text_counts import Spelling
 from drt.evaluation.token_losses import book_nats, window_nats
 from drt.evaluation.windows import (
@@ -204,7 +204,8 @@ class PerplexityTask:
         """A row for each length, shortest first."""
         plan = self._windows(excerpts)
         scored = []
-        with _bar(title, sum(x.num_tokens for windows in plan.values() for x in windows)) as bar:
+        total = sum(x.num_tokens for windows in plan.values() for x in windows)
+        with token_bar(title, total) as bar:
             for length, windows in plan.items():
                 bar.set_postfix(length=length, refresh=False)
                 nats = window_nats(
@@ -230,7 +231,7 @@ class PerplexityTask:
     ) -> list[ScoredWindows]:
         """A row for each bucket of positions, and one for all."""
         found: dict[tuple[int, int], list[tuple[Window, float]]] = {}
-        with _bar(title, sum(excerpt.num_tokens for excerpt in excerpts)) as bar:
+        with token_bar(title, sum(excerpt.num_tokens for excerpt in excerpts)) as bar:
             for excerpt in excerpts:
                 losses = book_nats(
                     model,
@@ -287,10 +288,6 @@ def _scored_bucket(edges: tuple[int, int], found: list[tuple[Window, float]]) ->
     return ScoredWindows(
         {"label": OVERALL} if edges == WHOLE else place, list(windows), np.array(nats)
     )
-
-
-def _bar(title: str, total: int) -> tqdm:
-    return tqdm(total=total, desc=title, unit="token", unit_scale=True, mininterval=1.0)
 
 
 def _data_sha256(split: PreparedSplit) -> str:
