@@ -135,7 +135,7 @@ def _made_by(results: Results, command: str) -> str:
 def _table(results: Results) -> str:
     study = results.study
     head = ["model", "parameters", "cost", "training, s", "seeds", *study.columns]
-    rows = [head, ["---"] * len(head)]
+    rows = []
     best = {title: _best(results, column) for title, column in study.columns.items()}
     for row in study.rows:
         cells = [row.replace("|", "\\|"), *_facts(results, row)]
@@ -148,7 +148,7 @@ def _table(results: Results) -> str:
         "Cost: operations of training on a token, of those of the first row. Training seconds are "
         "wall time beside other runs."
     )
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows) + f"\n\n{note}"
+    return f"{_markdown(head, rows)}\n\n{note}"
 
 
 def _facts(results: Results, row: str) -> list[str]:
@@ -214,9 +214,14 @@ def _comparison_table(results: Results, measurement: str) -> str:
     if not lines:
         return NONE
     labels = [row["label"] for row in lines[0][2]]
-    cells = [[measurement, "seed", *labels], ["---"] * (2 + len(labels))]
-    cells += [[name, seed, *map(_ratio, rows)] for name, seed, rows in lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+    cells = [[name, seed, *map(_ratio, rows)] for name, seed, rows in lines]
+    return _markdown([measurement, "seed", *labels], cells)
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def _pairs(
