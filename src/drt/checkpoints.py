@@ -15,7 +15,7 @@ from drt.architectures import attach_tokenizer
 from drt.data import load_tokenizer
 from drt.modeling import DRTForCausalLM
 from drt.precision import Precision, autocast
-from drt.run_config import CONFIG_FILE, load_config
+from drt.run_config import CONFIG_FILE, FINAL_FOLDER, load_config
 
 
 class Checkpoint(NamedTuple):
@@ -37,10 +37,12 @@ class Checkpoint(NamedTuple):
 
 def find_model(folder: Path) -> Path:
     """The folder that holds config.json: the given one, or the `model` folder of a run."""
-    for candidate in (folder, folder / "model"):
+    for candidate in (folder, folder / FINAL_FOLDER):
         if (candidate / "config.json").is_file():
             return candidate
-    raise ValueError(f"{folder} holds no model: there is no config.json in it or in {folder}/model")
+    raise ValueError(
+        f"{folder} holds no model: there is no config.json in it or in {folder / FINAL_FOLDER}"
+    )
 
 
 def load_checkpoint(name: str | Path) -> Checkpoint:

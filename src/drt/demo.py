@@ -16,14 +16,9 @@ from drt.evaluation.inspection import inspect_question
 from drt.evaluation.memory import life_peak_rss
 from drt.modeling import DRTForCausalLM
 from drt.precision import autocast, uses_bfloat16
-from drt.run_config import CONFIG_FILE
+from drt.run_config import CONFIG_FILE, FINAL_FOLDER
 from drt.training import RunConfig, train
-from drt.training.folder import (
-    FINAL_FOLDER,
-    check_same_run,
-    is_finished,
-    training_seconds,
-)
+from drt.training.folder import check_same_run, is_finished, training_seconds
 
 DRT, BASELINE = "drt", "baseline"
 INSPECTED_LENGTH = 65536

@@ -19,6 +19,9 @@ from drt.unknown_keys import did_you_mean
 CONFIG_FILE = "run.yaml"
 """What a run's configuration is called in its folder, and beside its model."""
 
+FINAL_FOLDER = "model"
+"""What the folder of the final model is called in a run's."""
+
 
 @dataclass(frozen=True)
 class TaskMix:

@@ -79,12 +79,14 @@ def run(options: argparse.Namespace) -> None:
 
 def _by_name(checkpoints: list[str]) -> dict[str, str]:
     """What each checkpoint is called in tables -> where it is."""
+    from drt.run_config import FINAL_FOLDER
+
     if not checkpoints:
         raise ValueError("name at least one CHECKPOINT")
     if len(set(checkpoints)) < len(checkpoints):
         raise ValueError(f"a checkpoint is named twice among {' '.join(checkpoints)}")
     paths = [Path(text).resolve() if Path(text).is_dir() else Path(text) for text in checkpoints]
-    short = [path.parent.name if path.name == "model" else path.name for path in paths]
+    short = [path.parent.name if path.name == FINAL_FOLDER else path.name for path in paths]
     names = short if len(set(short)) == len(short) else checkpoints
     return dict(zip(names, checkpoints, strict=True))
 

@@ -22,10 +22,10 @@ from drt.checkpoints import load_checkpoint
 from drt.evaluation.flops import count_flops
 from drt.evaluation.tasks import make_task
 from drt.memory.files import write_whole
-from drt.run_config import CONFIG_FILE, RunConfig, load_config, read_mapping
+from drt.run_config import CONFIG_FILE, FINAL_FOLDER, RunConfig, load_config, read_mapping
 from drt.study.config import Measurement, StudyConfig, run_config, run_folder
 from drt.training import train
-from drt.training.folder import FINAL_FOLDER, METRICS_FILE, is_finished, training_seconds
+from drt.training.folder import METRICS_FILE, is_finished, training_seconds
 
 RESULTS_FILE = "results.json"
 """In a run's folder: what was measured, with the settings it was measured with."""

@@ -6,9 +6,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from drt.run_config import CONFIG_FILE, RunConfig, load_config
+from drt.run_config import CONFIG_FILE, FINAL_FOLDER, RunConfig, load_config
 
-FINAL_FOLDER = "model"
 METRICS_FILE = "metrics.jsonl"
 
 

@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from transformers.training_args import TrainingArguments
 
 from drt.data import Corpus
-from drt.run_config import CONFIG_FILE, RunConfig, save_config
+from drt.run_config import CONFIG_FILE, FINAL_FOLDER, RunConfig, save_config
 from drt.training.arguments import training_arguments
 from drt.training.batches import StepParts, first_part
 from drt.training.callbacks import (
@@ -25,7 +25,7 @@ from drt.training.callbacks import (
 )
 from drt.training.compilation import compile_layers
 from drt.training.evaluate import NeedleEvaluation, ValidationLoss
-from drt.training.folder import FINAL_FOLDER, METRICS_FILE, check_folder
+from drt.training.folder import METRICS_FILE, check_folder
 from drt.training.materials import Materials, make_materials
 from drt.training.speed import speed_meter
 from drt.training.trainer import RunTrainer
