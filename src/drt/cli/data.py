@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from drt.tables import aligned
+
 NAME = "data"
 HELP = "Turn text into token files, look at them, check every byte, or train a tokenizer."
 EPILOG = "Example: drt data prepare pg19 --from books/ --tokenizer gpt2 --out data/pg19"
@@ -183,11 +185,7 @@ def _print_table(path: Path) -> None:
             notes.append(f"{folder}: {empty:,} documents without text are left out")
         if not manifest.complete:
             notes.append(f"{folder} is not complete: run the same `drt data prepare` again")
-    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        print("  ".join(cells))
+    print(*aligned(rows), sep="\n")
     print(*notes, sep="\n", end="\n" if notes else "")
 
 

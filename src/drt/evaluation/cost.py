@@ -23,6 +23,7 @@ from drt.evaluation.needles import temporary_memory
 from drt.evaluation.pictures import short_length
 from drt.evaluation.progress import token_bar
 from drt.evaluation.reading import Reading, check_length, start_reading
+from drt.tables import aligned
 
 # Tokens decoded in a sample by models that know no chunks.
 _CHUNK_SIZE = 64
@@ -153,7 +154,7 @@ class CostTask:
             for name, record in records.items()
             for row in record["rows"]
         ]
-        text = _aligned("reading and decoding", [head, *lines])
+        text = _titled("reading and decoding", [head, *lines])
         head = ("model", "rows", "tokens", "step, s", "tokens/s", "peak MiB", "GFLOP/token")
         lines = [
             (
@@ -168,7 +169,7 @@ class CostTask:
             for name, record in records.items()
             if (step := record["training"]) is not None
         ]
-        return f"{text}\n\n{_aligned('training', [head, *lines])}" if lines else text
+        return f"{text}\n\n{_titled('training', [head, *lines])}" if lines else text
 
     @staticmethod
     def draw(records: dict[str, dict[str, Any]], path: Path) -> None:
@@ -304,14 +305,6 @@ def _mebibytes(size: int | None) -> str:
     return "-" if size is None else f"{size / 2**20:,.1f}"
 
 
-def _aligned(title: str, lines: list[tuple[str, ...]]) -> str:
-    """The first column to the left, all others to the right."""
-    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
-    text = [
-        "  ".join(
-            f"{cell:<{width}}" if not place else f"{cell:>{width}}"
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    return "\n".join([title, text[0], "-" * len(text[0]), *text[1:]])
+def _titled(title: str, rows: list[tuple[str, ...]]) -> str:
+    head, *lines = aligned(rows)
+    return "\n".join([title, head, "-" * len(head), *lines])
