@@ -72,7 +72,7 @@ def test_extends_merges_mappings_and_replaces_the_rest(tmp_path: Path) -> None:
         ("stages.0.length=100", "row length 100 must be a multiple of chunk_size 32"),
         ("stages=[]", "exactly one of stages .needles., text and summaries, got none"),
         ("seed", "an override reads key=value, got 'seed'"),
-        ("seed.deep=1", "deep is inside a plain value"),
+        ("seed.deep=1", "seed is a plain value"),
         ("training=5", "training must be a mapping, got 5"),
     ],
 )

@@ -361,7 +361,7 @@ def _set(node: Any, names: list[str], value: Any, where: str) -> None:
         return
     inner = node[key] if isinstance(node, list) else node.setdefault(key, {})
     if not isinstance(inner, (dict, list)):
-        raise ValueError(f"{where}: {rest[0]} is inside a plain value: {name} is a plain value")
+        raise ValueError(f"{where}: {name} is a plain value, there is no {rest[0]} in it")
     _set(inner, rest, value, where)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from drt.checkpoints import load_checkpoint
 from drt.data import byte_tokenizer, load_corpus
 from drt.training import RunConfig, Stage, speed, train
 from drt.training.batches import NeedleSteps, StepParts, needle_masks, share
@@ -134,13 +135,16 @@ def test_a_folder_of_other_things_is_left_alone(run_config: RunConfig) -> None:
     assert (folder / "thesis.txt").read_text() == "years of work"
 
 
-def test_a_checkpoint_without_its_last_file_is_not_whole(
+def test_a_checkpoint_is_a_model_too_and_without_its_last_file_not_whole(
     run_config: RunConfig, tmp_path: Path
 ) -> None:
     short = replace(run_config, training=replace(run_config.training, num_steps=20))
     train(short)
     folder = Path(short.output_dir)
     assert latest_checkpoint(folder) == folder / "checkpoint-20"
+    last, final = load_checkpoint(folder / "checkpoint-20"), load_checkpoint(folder)
+    assert last.precision == final.precision == short.precision
+    assert all(map(torch.equal, last.model.parameters(), final.model.parameters()))
     (folder / "checkpoint-20" / PROGRESS_FILE).unlink()
     assert latest_checkpoint(folder) == folder / "checkpoint-10"
     shutil.rmtree(folder / "checkpoint-10")

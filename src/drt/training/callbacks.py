@@ -9,9 +9,11 @@ from typing import Any
 
 from accelerate import PartialState
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
+from drt.run_config import CONFIG_FILE, RunConfig, save_config
 from drt.training.curriculum import Curriculum
 
 PROGRESS_FILE = "progress.json"
@@ -57,20 +59,34 @@ class MetricsFile(TrainerCallback):
             file.write(json.dumps(record) + "\n")
 
 
-class ProgressCheckpoint(TrainerCallback):
-    """Puts the curriculum's progress, if there is one, into each checkpoint."""
+class CheckpointFiles(TrainerCallback):
+    """Puts into each checkpoint what makes it a model to evaluate, and the curriculum's progress.
 
-    def __init__(self, curriculum: Curriculum | None) -> None:
-        self.curriculum = curriculum
+    Args:
+        tokenizer: of the model.
+        config: of the run.
+        curriculum: of needle rows, if there is one.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config: RunConfig,
+        curriculum: Curriculum | None,
+    ) -> None:
+        self.tokenizer, self.config, self.curriculum = tokenizer, config, curriculum
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Write progress.json beside the weights, when all processes have written theirs."""
+        """Write them beside the weights, progress.json when all processes have written theirs."""
         PartialState().wait_for_everyone()
         if not state.is_world_process_zero:
             return
-        file = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / PROGRESS_FILE
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        self.tokenizer.save_pretrained(folder)
+        save_config(self.config, folder / CONFIG_FILE)
+        file = folder / PROGRESS_FILE
         if self.curriculum is None:
             file.write_text("{}")
         else:

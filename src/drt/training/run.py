@@ -18,9 +18,9 @@ from drt.training.arguments import training_arguments
 from drt.training.batches import StepParts, first_part
 from drt.training.callbacks import (
     PROGRESS_FILE,
+    CheckpointFiles,
     MetricsFile,
     Progress,
-    ProgressCheckpoint,
     latest_checkpoint,
 )
 from drt.training.compilation import compile_layers
@@ -174,7 +174,7 @@ def _replace_callbacks(
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress(title))
     trainer.add_callback(MetricsFile(Path(config.output_dir) / METRICS_FILE))
-    trainer.add_callback(ProgressCheckpoint(trainer.curriculum))
+    trainer.add_callback(CheckpointFiles(materials.tokenizer, config, trainer.curriculum))
     if config.training.evaluate_every and materials.corpus is not None:
         trainer.add_callback(NeedleEvaluation(trainer, config, materials.corpus))
     if materials.validation:
