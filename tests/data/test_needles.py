@@ -381,6 +381,7 @@ def test_wrong_texts_are_refused(needle: str, question: str) -> None:
         ({"length": 68}, r"of 21 tokens in all .* 14 tokens .* of 5 need 69 .* length is 68"),
         ({"chunk_size": 4}, "an answer of 5 tokens exceeds chunk_size 4"),
         ({"chunk_size": 0}, "chunk_size is 0"),
+        ({"length": 10, "chunk_size": 32}, "length is 10; .* a chunk, 32 tokens"),
         ({"seed": -1}, "seed is -1"),
         ({"index": -2}, "index is -2"),
     ],

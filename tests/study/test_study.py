@@ -191,6 +191,16 @@ def test_wrong_studies_are_refused(study_file: Path, override: str, message: str
         ("rows.last={training: {num_step: 1}}", "row 'last': unknown key training.num_step"),
         ("measurements.more={task: perplexitee}", "no task 'perplexitee'"),
         ("exceptions.window.test={lengths: [1]}", "lengths must be of at least 2 tokens"),
+        ("parameters.corpus=no/where", "no/where"),
+        ("rows.last={text: {corpus: no/where}}", "row 'last': text.corpus is 'no/where'"),
+        ("rows.last={text: {length: 65536}}", "row 'last': "),
+        ("measurements.more={task: perplexity, settings: {data: no/where}}", "no/where holds no"),
+        ("measurements.more={task: babi, settings: {facts: no/where}}", "no stories at no/where"),
+        ("measurements.more={task: single, settings: {corpus: no/where}}", "no/where"),
+        (
+            "measurements.more={task: summarization, settings: {path: no/where}}",
+            "no/where",
+        ),
     ],
 )
 def test_nothing_is_trained_before_all_rows_are_seen_to_be_right(

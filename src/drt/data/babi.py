@@ -23,7 +23,14 @@ from drt.data.needle_rows import (
     write_question,
 )
 from drt.data.needle_texts import Fact, Query
-from drt.data.needles import EVALUATION, TRAINING, VALIDATION, check_range, generator
+from drt.data.needles import (
+    EVALUATION,
+    TRAINING,
+    VALIDATION,
+    check_chunk_size,
+    check_range,
+    generator,
+)
 from drt.data.placement import Sizes, context_length, question_ends
 from drt.data.reading import json_rows
 from drt.data.sentences import sentence_borders
@@ -174,7 +181,7 @@ class BabiStories:
         Raises:
             ValueError: there is none, or ``chunk_size`` is out of range.
         """
-        check_range("chunk_size", chunk_size, 1, length)
+        check_chunk_size(chunk_size, length)
         stories = _encoded(self.facts, tuple(self.tasks), tokenizer)
         fitting = [story for story in stories if story.num_needed(chunk_size) <= length]
         if not fitting:

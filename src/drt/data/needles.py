@@ -183,7 +183,7 @@ class NeedleTask:
                 ``length``, or an argument is out of range.
         """
         rng = generator(seed, index, TRAINING if split == "train" else VALIDATION)
-        check_range("chunk_size", chunk_size, 1, length)
+        check_chunk_size(chunk_size, length)
         encoder, sizes = _encoder(self, corpus.tokenizer)
         ends = question_ends(
             rng,
@@ -239,7 +239,7 @@ class NeedleTask:
                 out of range.
         """
         rng = generator(seed, index, EVALUATION)
-        check_range("chunk_size", chunk_size, 1, length)
+        check_chunk_size(chunk_size, length)
         encoder, sizes = _encoder(self, corpus.tokenizer)
         num_context = context_length(sizes, length=length, chunk_size=chunk_size)
         facts, queries, in_order = encoder.draw(rng)
@@ -342,6 +342,15 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
     # Written so that NaN fails too.
     if not low <= value <= high:
         raise ValueError(f"{name} is {value}; it must be from {low} to {high}")
+
+
+def check_chunk_size(chunk_size: int, length: int) -> None:
+    """Raise ValueError unless a row of ``length`` tokens has room for a chunk."""
+    check_range("chunk_size", chunk_size, 1, float("inf"))
+    if length < chunk_size:
+        raise ValueError(
+            f"length is {length}; it must be at least that of a chunk, {chunk_size} tokens"
+        )
 
 
 MULTI_TASK = NeedleTask(kind="multi", num_keys=6, num_questions=6)

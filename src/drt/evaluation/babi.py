@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 from drt.checkpoints import Checkpoint
 from drt.data import BabiStories, Corpus, NeedleExample, load_corpus, score_answer
+from drt.data.babi import load_stories
+from drt.data.reading import read_path
 from drt.evaluation.intervals import Interval, wilson_interval
 from drt.evaluation.needles import common_chunk_size, temporary_memory, tokens_needed
 from drt.evaluation.progress import token_bar
@@ -76,6 +79,12 @@ class BabiTask:
             raise ValueError(f"tasks is {self.tasks} and lengths {self.lengths}: neither may be []")
         if self.n < 1:
             raise ValueError(f"n is {self.n}; it must be 1 or more")
+
+    def check_data(self) -> None:
+        """Raise ValueError if there are no such stories, or no text at `corpus`."""
+        load_stories(self.facts)
+        if self.corpus is not None:
+            read_path(Path(self.corpus), max_bytes=1)
 
     def evaluate(self, checkpoint: Checkpoint, *, title: str) -> dict[str, Any]:
         """Score a model.

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from drt.checkpoints import Checkpoint
 from drt.data import MULTI_TASK, Corpus, NeedleTask, load_corpus
+from drt.data.reading import read_path
 from drt.data.tokenization import tokenizer_fingerprint
 from drt.evaluation.needles import (
     NeedleScore,
@@ -76,6 +77,11 @@ class NeedleEvaluationTask:
         for depth in self.depths or ():
             if not 0 <= depth <= 1:
                 raise ValueError(f"depths must be from 0 to 1, got {depth}")
+
+    def check_data(self) -> None:
+        """Raise ValueError if there is no text at `corpus`."""
+        if self.corpus is not None:
+            read_path(Path(self.corpus), max_bytes=1)
 
     def evaluate(self, checkpoint: Checkpoint, *, title: str) -> dict[str, Any]:
         """Score a model.

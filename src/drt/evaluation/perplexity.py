@@ -107,6 +107,10 @@ class PerplexityTask:
         if self.stride is not None and self.stride >= shortest:
             raise ValueError(f"stride is {self.stride}: it must be below the length {shortest}")
 
+    def check_data(self) -> None:
+        """Raise the ValueError of `evaluate` if there is no such split, or it has no long texts."""
+        self._excerpts(PreparedSplit(self.data))
+
     def evaluate(self, checkpoint: Checkpoint, *, title: str) -> dict[str, Any]:
         """Score a model.
 

@@ -68,6 +68,10 @@ class SummarizationTask(SummarySource):
         if self.length is not None:
             check_room(self.length, self.max_summary_tokens)
 
+    def check_data(self) -> None:
+        """Raise the ValueError of `evaluate` if there are no such summaries."""
+        self._choose()
+
     def evaluate(self, checkpoint: Checkpoint, *, title: str) -> dict[str, Any]:
         """Write and score the summaries.
 

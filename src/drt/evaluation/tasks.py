@@ -1,8 +1,9 @@
 """Evaluation tasks by name: what `drt eval` and studies measure, and how it is set.
 
 A task is a frozen dataclass. Its fields, a sentence under each, are its settings; `evaluate` takes
-a checkpoint and returns a JSON-ready record, `table` shows the records of several models, and
-`draw`, where a task has it, draws them.
+a checkpoint and returns a JSON-ready record, `table` shows the records of several models,
+`draw`, where a task has it, draws them, and `check_data`, where a task reads any, refuses what is
+not there before a model is loaded or trained.
 """
 
 from __future__ import annotations
@@ -118,7 +119,12 @@ def _config(model: str | Path) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(str(model))
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{model} holds no model: {reason}") from error
+        place = (
+            "holds no model"
+            if Path(model).exists()
+            else "is no folder, and the hub does not give it"
+        )
+        raise ValueError(f"{model} {place}: {reason}") from error
 
 
 def describe_tasks() -> str:

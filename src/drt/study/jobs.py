@@ -26,6 +26,7 @@ from drt.run_config import CONFIG_FILE, FINAL_FOLDER, RunConfig, load_config, re
 from drt.study.config import Measurement, StudyConfig, run_config, run_folder
 from drt.training import train
 from drt.training.folder import METRICS_FILE, is_finished, training_seconds
+from drt.training.materials import check_text
 
 RESULTS_FILE = "results.json"
 """In a run's folder: what was measured, with the settings it was measured with."""
@@ -77,19 +78,22 @@ def check_jobs(study: StudyConfig, folder: Path) -> None:
         folder: where its runs are kept.
 
     Raises:
-        ValueError: a row or a measurement has a wrong setting, or there is a run that was trained
-            with another configuration than its row has now.
+        ValueError: a row or a measurement has a wrong setting or no data, or there is a run that
+            was trained with another configuration than its row has now.
         ImportError: a measurement needs a library that is not installed.
     """
     base = read_mapping(Path(study.base))
     for row in study.rows:
         for name in study.measurements:
             measurement = study.measurement_of(row, name)
-            make_task(measurement.task, measurement.settings)
+            task: Any = make_task(measurement.task, measurement.settings)
+            if hasattr(task, "check_data"):
+                task.check_data()
         try:
             config = run_config(study, base, row, study.seeds[0], folder)
             if config.initial is None:
                 check_fields(config.model)
+            check_text(config)
         except ValueError as error:
             raise ValueError(f"row {row!r}: {error}") from error
     for job in plan_jobs(study):

@@ -72,6 +72,16 @@ def make_materials(config: RunConfig, corpus: Corpus | None = None) -> Materials
     return Materials(tokenizer, model, source, curriculum, corpus, validation)
 
 
+def check_text(config: RunConfig) -> None:
+    """Refuse a run on prepared text if that is not there or too short, without making a model.
+
+    Raises:
+        ValueError: as `make_materials`.
+    """
+    if config.text is not None:
+        _text(config, config.text, _tokenizer(config, None))
+
+
 def _tokenizer(config: RunConfig, initial: Checkpoint | None) -> PreTrainedTokenizerBase:
     if config.tokenizer is not None:
         return load_tokenizer(config.tokenizer)
