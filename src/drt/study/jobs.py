@@ -83,12 +83,13 @@ def check_jobs(study: StudyConfig, folder: Path) -> None:
         ImportError: a measurement needs a library that is not installed.
     """
     base = read_mapping(Path(study.base))
+    checked: list[Measurement] = []
     for row in study.rows:
         for name in study.measurements:
             measurement = study.measurement_of(row, name)
-            task: Any = make_task(measurement.task, measurement.settings)
-            if hasattr(task, "check_data"):
-                task.check_data()
+            if measurement not in checked:
+                _check_measurement(measurement)
+                checked.append(measurement)
         try:
             config = run_config(study, base, row, study.seeds[0], folder)
             if config.initial is None:
@@ -98,6 +99,12 @@ def check_jobs(study: StudyConfig, folder: Path) -> None:
             raise ValueError(f"row {row!r}: {error}") from error
     for job in plan_jobs(study):
         check_configuration(study, base, job, folder)
+
+
+def _check_measurement(measurement: Measurement) -> None:
+    task: Any = make_task(measurement.task, measurement.settings)
+    if hasattr(task, "check_data"):
+        task.check_data()
 
 
 def check_configuration(
