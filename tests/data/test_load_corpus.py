@@ -8,7 +8,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from drt.data import SPLITS, Corpus, byte_tokenizer, load_corpus
-from drt.data.reading import MIN_FILE_SHARE, read_installed_text, read_path
+from drt.data.reading import MIN_FILE_SHARE, check_path, read_installed_text, read_path
 
 BYTES = byte_tokenizer()
 TEXT = "Ein Satz mit Umlauten: äöü. " * 400
@@ -209,3 +209,14 @@ def test_real_corpora_load(real_data: Path) -> None:
     total = sum(books.num_tokens(split) for split in SPLITS)
     # A character cut in two leaves at most 3 bytes unused.
     assert 2**22 - 3 <= total <= 2**22
+
+
+def test_a_path_is_checked_by_one_character_of_any_width(tmp_path: Path) -> None:
+    for name, text in (("euro", "€ and more"), ("clef", "\U0001d11e and more")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text.txt").write_text(text, encoding="utf-8")
+        check_path(tmp_path / name)
+    (tmp_path / "empty.txt").touch()
+    for wrong in ("empty.txt", "nowhere"):
+        with pytest.raises(ValueError, match=wrong):
+            check_path(tmp_path / wrong)

@@ -9,6 +9,7 @@ import os
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -59,6 +60,12 @@ def read_path(path: Path, *, max_bytes: int) -> list[TextDocument]:
     if not texts:
         raise ValueError(f"no text in {path}: it is empty")
     return _with_distinct_names(texts)
+
+
+def check_path(path: Path) -> None:
+    """Raise the ValueError of `read_path` if there is nothing to read, having read a character."""
+    # No character of UTF-8 takes more.
+    read_path(path, max_bytes=4)
 
 
 def list_text_files(folder: Path) -> list[Path]:
@@ -150,15 +157,20 @@ def _read_files(folder: Path, names: list[str], *, max_bytes: int) -> list[TextD
 
 def _read_file(path: Path, *, name: str, max_bytes: int) -> Iterator[TextDocument]:
     """Yield the texts of a file: one, or one a row. ``.xz`` is unpacked no further than needed."""
-    compressed = path.suffix == XZ_SUFFIX
     rows = path.name.removesuffix(XZ_SUFFIX).endswith(ROWS_SUFFIX)
-    with lzma.open(path) if compressed else path.open("rb") as opened:
-        stream = cast(BinaryIO, opened)
+    with _opened(path) as stream:
+        if rows:
+            yield from _read_rows(stream, path=path, name=name, max_bytes=max_bytes)
+        else:
+            yield from _read_text(stream, path=path, name=name, max_bytes=max_bytes)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """A file's bytes, unpacked where they are packed; a packed file that is cut is named."""
+    with lzma.open(path) if path.suffix == XZ_SUFFIX else path.open("rb") as opened:
         try:
-            if rows:
-                yield from _read_rows(stream, path=path, name=name, max_bytes=max_bytes)
-            else:
-                yield from _read_text(stream, path=path, name=name, max_bytes=max_bytes)
+            yield cast(BinaryIO, opened)
         except (lzma.LZMAError, EOFError) as error:
             raise ValueError(f"{path} is not a whole xz file: {error}") from error
 
@@ -206,13 +218,10 @@ def json_rows(path: Path) -> Iterator[tuple[int, Any]]:
     Raises:
         ValueError: a line that is not JSON in UTF-8, or an xz file that is not whole.
     """
-    with lzma.open(path) if path.suffix == XZ_SUFFIX else path.open("rb") as lines:
-        try:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield number, _parsed(line, path, number)
-        except (lzma.LZMAError, EOFError) as error:
-            raise ValueError(f"{path} is not a whole xz file: {error}") from error
+    with _opened(path) as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield number, _parsed(line, path, number)
 
 
 def _parsed(line: bytes, path: Path, number: int) -> Any:

@@ -13,7 +13,7 @@ import torch
 from drt.checkpoints import Checkpoint
 from drt.data import BabiStories, Corpus, NeedleExample, load_corpus, score_answer
 from drt.data.babi import load_stories
-from drt.data.reading import read_path
+from drt.data.reading import check_path
 from drt.evaluation.intervals import Interval, wilson_interval
 from drt.evaluation.needles import common_chunk_size, temporary_memory, tokens_needed
 from drt.evaluation.progress import token_bar
@@ -84,7 +84,7 @@ class BabiTask:
         """Raise ValueError if there are no such stories, or no text at `corpus`."""
         load_stories(self.facts)
         if self.corpus is not None:
-            read_path(Path(self.corpus), max_bytes=1)
+            check_path(Path(self.corpus))
 
     def evaluate(self, checkpoint: Checkpoint, *, title: str) -> dict[str, Any]:
         """Score a model.

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from drt.checkpoints import Checkpoint
 from drt.data import MULTI_TASK, Corpus, NeedleTask, load_corpus
-from drt.data.reading import read_path
+from drt.data.reading import check_path
 from drt.data.tokenization import tokenizer_fingerprint
 from drt.evaluation.needles import (
     NeedleScore,
@@ -81,7 +81,7 @@ class NeedleEvaluationTask:
     def check_data(self) -> None:
         """Raise ValueError if there is no text at `corpus`."""
         if self.corpus is not None:
-            read_path(Path(self.corpus), max_bytes=1)
+            check_path(Path(self.corpus))
 
     def evaluate(self, checkpoint: Checkpoint, *, title: str) -> dict[str, Any]:
         """Score a model.
