@@ -29,7 +29,8 @@ def draw_curve(path: Path, series: dict[str, list[Any]], *, curve: Curve, title:
         axis.plot(right, [fmean(points[x]) for x in right], label=row, **line)
         low, high = ([edge(points[x]) for x in right] for edge in (min, max))
         axis.fill_between(right, low, high, color=line["color"], alpha=0.15, linewidth=0)
-    axis.set(title=title, xlabel=curve.x.replace("_", " "), ylabel=curve.y.replace("_", " "))
+    right_label = curve.x_label or curve.x.replace("_", " ")
+    axis.set(title=title, xlabel=right_label, ylabel=curve.y.replace("_", " "))
     length_axis(axis, {x: short_length(int(x)) for x in sorted(ticks)})
     if curve.log_y:
         axis.set_yscale("log")
