@@ -10,14 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from drt.data.prepared import PreparedSplit
+from drt.evaluation.intervals import bootstrap_interval
 from drt.evaluation.text_counts import Spelling
 from drt.evaluation.windows import Window
-
-CONFIDENCE = 0.95
-"""Of all intervals."""
-
-# Draws of the bootstrap that are held at once.
-_BLOCK = 1 << 22
 
 
 class ScoredWindows(NamedTuple):
@@ -60,7 +55,7 @@ class DocumentLosses(NamedTuple):
 
         `perplexity` is exp(nats / tokens), the sums taken over all documents; a word's and a
         byte's likewise, None where bytes and words are not known or the figure is beyond float64.
-        `perplexity_interval` is that of `bootstrap_interval`.
+        `perplexity_interval` is that over documents.
 
         Args:
             num_resamples: of the bootstrap.
@@ -69,7 +64,7 @@ class DocumentLosses(NamedTuple):
         nats, num_tokens = float(self.nats.sum()), int(self.tokens.sum())
         num_words = None if self.words is None else int(self.words.sum())
         num_bytes = None if self.bytes is None else int(self.bytes.sum())
-        interval = bootstrap_interval(
+        interval = perplexity_interval(
             self.nats, self.tokens, num_resamples=num_resamples, seed=seed
         )
         return {
@@ -138,34 +133,19 @@ def _exp(nats: float, count: int | None) -> float | None:
         return None
 
 
-def bootstrap_interval(
+def perplexity_interval(
     nats: np.ndarray, tokens: np.ndarray, *, num_resamples: int, seed: int
 ) -> list[float] | None:
-    """The 95 % interval of exp(sum of nats / sum of tokens) when documents are drawn anew.
-
-    Each resample draws as many documents as there are, with replacement; the interval is that
-    between the 2.5 % and the 97.5 % quantile.
+    """[low, high] of exp(sum of nats / sum of tokens), by `bootstrap_interval`.
 
     Args:
-        nats: (n,) float64, a difference of two models' nats for the ratio of their perplexities.
+        nats: (n,) or (R, n) float64, a difference of two models' nats for a ratio of perplexities.
         tokens: (n,) int64, at least 1.
-        num_resamples: resamples.
-        seed: of the draws; with the same seed and n they are the same.
-
-    Returns:
-        [low, high]; None of a single document, which says nothing about others.
+        num_resamples: of the bootstrap.
+        seed: of the bootstrap.
     """
-    count = len(nats)
-    if count < 2:
-        return None
-    rng, sums, even = np.random.default_rng(seed), np.stack([nats, tokens]), [1 / count] * count
-    # The draws of many documents are made in blocks: all at once may be more than memory holds.
-    size = max(_BLOCK // count, 1)
-    sizes = [min(size, num_resamples - done) for done in range(0, num_resamples, size)]
-    drawn = [rng.multinomial(count, even, size=block) @ sums.T for block in sizes]
-    means = np.concatenate([totals[:, 0] / totals[:, 1] for totals in drawn])
-    tail = (1 - CONFIDENCE) / 2
-    return np.exp(np.quantile(means, [tail, 1 - tail])).tolist()
+    interval = bootstrap_interval(nats, tokens, num_resamples=num_resamples, seed=seed)
+    return None if interval is None else np.exp(interval).tolist()
 
 
 def paired_difference(
@@ -193,37 +173,69 @@ def paired_difference(
     Raises:
         ValueError: the records are of other tokens or modes, or share no row.
     """
+    return pooled_difference([(record_a, record_b)], num_resamples=num_resamples, seed=seed)
+
+
+def pooled_difference(
+    pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
+    *,
+    num_resamples: int = 1000,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """`paired_difference` of two kinds of models, of each of which there are several runs.
+
+    The `ratio` is the geometric mean over the pairs of runs, and its interval that of other
+    documents and other pairs. Of few pairs it is an indication: three do not show how far a fourth
+    may lie.
+
+    Args:
+        pairs: a record of each kind, as often as there are runs.
+        num_resamples: resamples of the bootstrap over documents and pairs.
+        seed: of the bootstrap.
+    """
+    records = [record for pair in pairs for record in pair]
+    first = records[0]
     for name in ("mode", "data_sha256"):
-        if record_a[name] != record_b[name]:
-            raise ValueError(f"{name} differs: {record_a[name]} and {record_b[name]}")
-    others = {row["label"]: row for row in record_b["rows"]}
-    pairs = [(row, others[row["label"]]) for row in record_a["rows"] if row["label"] in others]
-    if not pairs:
-        labels = [row["label"] for row in record_a["rows"]]
-        raise ValueError(f"no row is in both records: {labels} and {list(others)}")
-    return [compare_rows(a, b, num_resamples=num_resamples, seed=seed) for a, b in pairs]
+        for record in records:
+            if record[name] != first[name]:
+                raise ValueError(f"{name} differs: {first[name]} and {record[name]}")
+    rows = [{row["label"]: row for row in record["rows"]} for record in records]
+    shared = [label for label in rows[0] if all(label in each for each in rows)]
+    if not shared:
+        raise ValueError(f"no row is in all records: {' and '.join(str(list(r)) for r in rows)}")
+    by_label = [[each[label] for each in rows] for label in shared]
+    return [
+        compare_rows(each[::2], each[1::2], num_resamples=num_resamples, seed=seed)
+        for each in by_label
+    ]
 
 
 def compare_rows(
-    row_a: dict[str, Any], row_b: dict[str, Any], *, num_resamples: int, seed: int
+    rows_a: Sequence[dict[str, Any]],
+    rows_b: Sequence[dict[str, Any]],
+    *,
+    num_resamples: int,
+    seed: int,
 ) -> dict[str, Any]:
-    """Compare two rows that score the same tokens: an item of `paired_difference`.
+    """Compare rows that score the same tokens, pair by pair: an item of `pooled_difference`.
 
     Raises:
         ValueError: they score other tokens.
     """
-    a, b = row_a["by_document"], row_b["by_document"]
-    if row_a["scored_sha256"] != row_b["scored_sha256"]:
-        raise ValueError(
-            f"{row_a['label']} and {row_b['label']} score other tokens: {row_a['num_tokens']:,} "
-            f"of {row_a['num_documents']:,} documents and {row_b['num_tokens']:,} of "
-            f"{row_b['num_documents']:,}"
-        )
-    nats, tokens = np.subtract(a["nats"], b["nats"]), np.array(a["tokens"])
+    first = rows_a[0]
+    for row in (*rows_a, *rows_b):
+        if row["scored_sha256"] != first["scored_sha256"]:
+            raise ValueError(
+                f"{first['label']} and {row['label']} score other tokens: "
+                f"{first['num_tokens']:,} of {first['num_documents']:,} documents and "
+                f"{row['num_tokens']:,} of {row['num_documents']:,}"
+            )
+    a, b = ([row["by_document"]["nats"] for row in rows] for rows in (rows_a, rows_b))
+    nats, tokens = np.subtract(a, b), np.array(first["by_document"]["tokens"])
     return {
-        "label": row_a["label"],
+        "label": first["label"],
         "num_documents": len(tokens),
         "num_tokens": int(tokens.sum()),
-        "ratio": math.exp(nats.sum() / tokens.sum()),
-        "interval": bootstrap_interval(nats, tokens, num_resamples=num_resamples, seed=seed),
+        "ratio": math.exp(nats.sum() / (len(nats) * tokens.sum())),
+        "interval": perplexity_interval(nats, tokens, num_resamples=num_resamples, seed=seed),
     }

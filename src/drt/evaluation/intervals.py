@@ -1,19 +1,63 @@
-"""How sure a share of successes is."""
+"""How sure a mean over documents and a share of successes are."""
 
 from statistics import NormalDist
 from typing import NamedTuple
 
+import numpy as np
+
+CONFIDENCE = 0.95
+"""Of all intervals, where nothing else is said."""
+
+# Numbers of the bootstrap's draws that are held at once.
+_BLOCK = 1 << 22
+
 
 class Interval(NamedTuple):
-    """The shares that a count of successes is compatible with."""
+    """What a figure may truly be."""
 
     low: float
-    """Smallest share, 0 or more."""
+    """Its lower end."""
     high: float
-    """Largest share, 1 at most."""
+    """Its upper end."""
 
 
-def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interval:
+def bootstrap_interval(
+    sums: np.ndarray, counts: np.ndarray, *, num_resamples: int, seed: int
+) -> Interval | None:
+    """The 95 % interval of sum of sums / sum of counts when documents are drawn anew.
+
+    Each resample draws as many documents as there are, with replacement, each with all that was
+    counted of it; the interval is that between the 2.5 % and the 97.5 % quantile (Efron 1979). Of
+    several runs on the same documents, runs are drawn anew as well, apart from the documents (Owen
+    2007, "The pigeonhole bootstrap"), and the mean over the runs drawn is taken.
+
+    Args:
+        sums: (n,) float64, one number a document; (R, n) of R runs.
+        counts: (n,) int64, at least 1, what a sum is divided by.
+        num_resamples: resamples.
+        seed: of the draws; with the same seed, n and R they are the same.
+
+    Returns:
+        The interval; None of a single document, which says nothing about others.
+    """
+    runs, count = np.atleast_2d(sums), len(counts)
+    if count < 2:
+        return None
+    rng, even = np.random.default_rng(seed), [1 / count] * count
+    # The draws of many documents are made in blocks: all at once may be more than memory holds.
+    size = max(_BLOCK // count, 1)
+    means = []
+    for done in range(0, num_resamples, size):
+        drawn = rng.multinomial(count, even, size=min(size, num_resamples - done))
+        means.append(drawn @ runs.T / (drawn @ counts)[:, None])
+    by_run = np.concatenate(means)
+    weights = rng.multinomial(len(runs), [1 / len(runs)] * len(runs), size=num_resamples)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile((by_run * weights).sum(axis=1) / len(runs), [tail, 1 - tail])
+    return Interval(float(low), float(high))
+
+
+def wilson_interval(successes: int, n: int, confidence: float = CONFIDENCE) -> Interval:
     """Return Wilson's score interval of a share.
 
     Unlike the interval of the normal approximation it stays within 0 and 1 and keeps its width when

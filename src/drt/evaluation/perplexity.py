@@ -269,7 +269,7 @@ class PerplexityTask:
 
     def _against(self, row: dict[str, Any], shortest: dict[str, Any]) -> dict[str, Any]:
         seed, num_resamples = self.seed, self.num_resamples
-        found = compare_rows(row, shortest, num_resamples=num_resamples, seed=seed)
+        found = compare_rows([row], [shortest], num_resamples=num_resamples, seed=seed)
         return {
             "ratio_to_shortest": found["ratio"],
             "ratio_to_shortest_interval": found["interval"],

@@ -8,6 +8,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from drt.evaluation.intervals import bootstrap_interval
+
 ROUGE = ("rouge1", "rouge2", "rougeL")
 """Shared words, shared pairs of words, longest common subsequence of words."""
 
@@ -15,7 +17,6 @@ References = Literal["best", "mean"]
 """Of several reference summaries: for each figure the best, or the mean over all."""
 
 NUM_RESAMPLES = 1000
-CONFIDENCE = 0.95
 
 # Where white space follows, a sentence ends; abbreviations are not told apart.
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
@@ -89,16 +90,11 @@ def estimate_means(scores: np.ndarray, documents: Sequence[str], *, seed: int) -
     counts = np.bincount(groups)
     sums = np.stack([np.bincount(groups, weights=column) for column in scores.T], axis=1)
     means = sums.sum(axis=0) / counts.sum()
-    if len(counts) < 2:
-        return [Estimate(float(mean), None, None) for mean in means]
-    rng = np.random.default_rng(seed)
-    resampled = np.empty((NUM_RESAMPLES, scores.shape[1]))
-    for number in range(NUM_RESAMPLES):
-        drawn = rng.integers(len(counts), size=len(counts))
-        resampled[number] = sums[drawn].sum(axis=0) / counts[drawn].sum()
-    tail = (1 - CONFIDENCE) / 2
-    lows, highs = np.quantile(resampled, [tail, 1 - tail], axis=0)
+    intervals = [
+        bootstrap_interval(column, counts, num_resamples=NUM_RESAMPLES, seed=seed)
+        for column in sums.T
+    ]
     return [
-        Estimate(float(mean), float(low), float(high))
-        for mean, low, high in zip(means, lows, highs, strict=True)
+        Estimate(float(mean), *(interval or (None, None)))
+        for mean, interval in zip(means, intervals, strict=True)
     ]

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from drt import hardware
-from drt.evaluation.document_losses import paired_difference
+from drt.evaluation.document_losses import pooled_difference
 from drt.run_config import read_mapping
 from drt.study.config import Column, StudyConfig, slug
 from drt.study.figures import draw_curve
@@ -199,18 +199,20 @@ def _comparisons(results: Results) -> str:
         return NONE
     note = (
         "Ratios of perplexities, the first model's over the second's, with 95 % intervals over "
-        "documents by paired bootstrap. Below 1 the first predicts better. What another seed would "
-        "give, the other seeds show."
+        "documents by paired bootstrap; of all seeds the geometric mean, over documents and seeds. "
+        "Below 1 the first predicts better."
     )
     return "\n\n".join([*(part for part in parts if part), note])
 
 
 def _comparison_table(results: Results, measurement: str) -> str:
-    lines = [
-        (f"{first} / {second}", str(seed), paired_difference(*records))
-        for first, second in results.study.comparisons
-        for seed, records in _pairs(results, first, second, measurement)
-    ]
+    lines = []
+    for first, second in results.study.comparisons:
+        name = f"{first} / {second}".replace("|", "\\|")
+        pairs = dict(_pairs(results, first, second, measurement))
+        lines += [(name, str(seed), pooled_difference([pair])) for seed, pair in pairs.items()]
+        if len(pairs) > 1:
+            lines.append((name, "all", pooled_difference(list(pairs.values()))))
     if not lines:
         return NONE
     labels = [row["label"] for row in lines[0][2]]
@@ -226,11 +228,12 @@ def _markdown(head: list[str], rows: list[list[str]]) -> str:
 
 def _pairs(
     results: Results, first: str, second: str, measurement: str
-) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+) -> Iterator[tuple[int, tuple[dict[str, Any], dict[str, Any]]]]:
     """The records of both rows, for each seed that both have."""
     for seed in results.done[first]:
         if seed in results.done[second]:
-            yield seed, [results.record(row, seed, measurement) for row in (first, second)]
+            one, other = (results.record(row, seed, measurement) for row in (first, second))
+            yield seed, (one, other)
 
 
 def _ratio(row: dict[str, Any]) -> str:

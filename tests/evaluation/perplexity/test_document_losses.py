@@ -6,8 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from drt.evaluation import document_losses
-from drt.evaluation.document_losses import DocumentLosses, bootstrap_interval, paired_difference
+from drt.evaluation.document_losses import (
+    DocumentLosses,
+    paired_difference,
+    perplexity_interval,
+    pooled_difference,
+)
 
 
 def losses(nats: Any, tokens: Any, words: Any = None) -> DocumentLosses:
@@ -37,28 +41,12 @@ def test_perplexity_is_weighted_by_tokens() -> None:
     assert losses([800.0], [1], [1]).figures(num_resamples=9, seed=0)["perplexity"] is None
 
 
-def test_intervals_of_known_data() -> None:
-    tokens = np.full(400, 10)
-    rng = np.random.default_rng(1)
-    nats = 10 * (2 + 0.3 * rng.standard_normal(400))
-    found = bootstrap_interval(nats, tokens, num_resamples=4000, seed=2)
-    assert found is not None
-    low, high = np.log(found)
-    mean, error = nats.mean() / 10, nats.std() / 10 / math.sqrt(400)
-    # A quantile of 4,000 draws varies by some 4 % of the error; 0.15 is more than three of those.
-    assert low == pytest.approx(mean - 1.96 * error, abs=0.15 * error)
-    assert high == pytest.approx(mean + 1.96 * error, abs=0.15 * error)
-    assert bootstrap_interval(nats, tokens, num_resamples=4000, seed=2) == found
-    assert bootstrap_interval(nats[:1], tokens[:1], num_resamples=10, seed=0) is None
-    alike = bootstrap_interval(2.0 * tokens, tokens, num_resamples=50, seed=0)
-    assert alike == pytest.approx([math.exp(2)] * 2)
-
-
-def test_draws_in_blocks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    nats, tokens = np.arange(1.0, 8.0), np.arange(7, 0, -1)
-    whole = bootstrap_interval(nats, tokens, num_resamples=100, seed=3)
-    monkeypatch.setattr(document_losses, "_BLOCK", 20)
-    assert bootstrap_interval(nats, tokens, num_resamples=100, seed=3) == whole
+def test_the_interval_is_one_of_perplexities() -> None:
+    nats, tokens = np.array([10.0, 30.0, 20.0]), np.array([10, 10, 10])
+    found = perplexity_interval(nats, tokens, num_resamples=500, seed=2)
+    # The rarest draws, all three the same document, have chances of 1/27: beyond 2.5 %.
+    assert found == pytest.approx([math.exp(1), math.exp(3)])
+    assert perplexity_interval(nats[:1], tokens[:1], num_resamples=10, seed=0) is None
 
 
 def test_pairs_see_what_single_intervals_do_not() -> None:
@@ -77,12 +65,27 @@ def test_pairs_see_what_single_intervals_do_not() -> None:
     assert found["ratio"] == pytest.approx(math.exp(means))
 
 
+def test_several_runs_are_one_comparison() -> None:
+    rng = np.random.default_rng(0)
+    tokens, hard = rng.integers(50, 200, size=30), rng.uniform(50, 500, size=30)
+    gains = (-0.02, -0.01, 0.0)
+    pairs = [(record(hard + gain * tokens, tokens), record(hard, tokens)) for gain in gains]
+    (found,) = pooled_difference(pairs)
+    assert found["ratio"] == pytest.approx(math.exp(-0.01))
+    # Documents do not differ, and runs drawn anew have means from -0.02 to 0, the ends each with a
+    # chance of 1/27: beyond 2.5 %.
+    assert found["interval"] == pytest.approx([math.exp(-0.02), 1])
+    assert pooled_difference(pairs[:1]) == paired_difference(*pairs[0])
+    with pytest.raises(ValueError, match="mode differs: sliding and book"):
+        pooled_difference([*pairs, (record(hard, tokens), record(hard, tokens, mode="book"))])
+
+
 def test_records_that_cannot_be_compared() -> None:
     one = record([1.0, 2.0], [3, 4])
     for name in ("mode", "data_sha256"):
         with pytest.raises(ValueError, match=f"{name} differs: .* and other"):
             paired_difference(one, {**one, name: "other"})
-    with pytest.raises(ValueError, match=r"no row is in both records: \['1K'\] and \['2K'\]"):
+    with pytest.raises(ValueError, match=r"no row is in all records: \['1K'\] and \['2K'\]"):
         paired_difference(one, {**one, "rows": [{**one["rows"][0], "label": "2K"}]})
     with pytest.raises(ValueError, match="1K and 1K score other tokens: 7 of 2"):
         paired_difference(one, {**one, "rows": [{**one["rows"][0], "scored_sha256": "t"}]})
