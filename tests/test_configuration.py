@@ -40,6 +40,8 @@ def test_layers_are_counted_from_groups() -> None:
         ({"num_attention_heads": 5, "num_key_value_heads": 5}, "32 is not a multiple of"),
         ({"num_key_value_heads": 3}, "4 is not a multiple of num_key_value_heads 3"),
         ({"head_dim": 7}, "even head_dim, got 7"),
+        # The chunk encoder has rotary positions whatever self-attention has.
+        ({"head_dim": 7, "position_embedding": "alibi"}, "even head_dim, got 7"),
         ({"landmark_size": 0}, "landmark_size must be at least 1, got 0"),
         ({"loss_chunk_size": 0}, "loss_chunk_size must be at least 1, got 0"),
         ({"early_close_rate": -0.5}, r"from 0 to chunk_size = 16, got -0\.5"),

@@ -18,27 +18,23 @@ _FOREIGN_KEYS = frozenset(
 
 
 @strict
-class DRTConfig(PreTrainedConfig):
-    """Configuration of `DRTForCausalLM`.
-
-    The decoder is Llama-shaped. Its last `sum(retrieval_groups)` layers are the upper ones: they
-    attend to retrieved chunks. Without groups the model is a plain sliding-window transformer.
+class DecoderConfig(PreTrainedConfig):
+    """The sizes that every model here has: a Llama-shaped decoder with a sliding window.
 
     Raises:
         ValueError: a size is out of range, heads do not divide, or a key is unknown.
     """
 
-    model_type = "drt"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
 
     vocab_size: int = 258
-    """Content tokens in the vocabulary; the landmark is not one of them."""
+    """Content tokens in the vocabulary; a landmark is not one of them."""
     hidden_size: int = 768
     """Model width E."""
     intermediate_size: int = 2048
     """Width of the SwiGLU feed-forward layers."""
     num_hidden_layers: int = 12
-    """Decoder layers N, lower and upper together."""
+    """Decoder layers N."""
     num_attention_heads: int = 12
     """Query heads H."""
     num_key_value_heads: int | None = None
@@ -61,14 +57,73 @@ class DRTConfig(PreTrainedConfig):
     """Id of the token that opens a text, if there is one."""
     eos_token_id: int | list[int] | None = None
     """Id or ids that end a generation, if any."""
-
     sliding_window: int = 512
-    """Positions that self-attention sees, the query's own included; landmarks count."""
-    position_embedding: Literal["rope", "alibi"] = "rope"
-    """Positional scheme of self-attention."""
+    """Positions that self-attention sees directly, the query's own included; landmarks count."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
+    loss_chunk_size: int | None = None
+    """Tokens, of all rows together, whose logits are held at once in training; a training forward
+    with labels then returns no logits. None = all, and they are returned."""
 
+    def __post_init__(self, **kwargs: Any) -> None:
+        refuse_unknown_fields(type(self), kwargs)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        super().__post_init__(**kwargs)
+        self._check()
+
+    def _positive_fields(self) -> tuple[str, ...]:
+        """Names of the fields that must be at least 1 where they are set."""
+        return (
+            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+            *("num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window"),
+            "loss_chunk_size",
+        )
+
+    @property
+    def _rotates(self) -> bool:
+        """Whether any attention has rotary positions."""
+        return True
+
+    def _check(self) -> None:
+        """Refuse what no model can have; names the field, its value and the limit."""
+        for name in self._positive_fields():
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        assert kv_heads is not None
+        assert self.head_dim is not None
+        if self.head_dim == self.hidden_size // heads and self.hidden_size % heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of "
+                f"num_attention_heads {heads}; set head_dim to choose the head width yourself"
+            )
+        if heads % kv_heads:
+            raise ValueError(
+                f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+            )
+        if self._rotates and self.head_dim % 2:
+            raise ValueError(f"rotary positions need an even head_dim, got {self.head_dim}")
+
+
+@strict
+class DRTConfig(DecoderConfig):
+    """Configuration of `DRTForCausalLM`.
+
+    Of the decoder's layers the last `sum(retrieval_groups)` are the upper ones: they attend to
+    retrieved chunks. Without groups the model is a plain sliding-window transformer.
+
+    Raises:
+        ValueError: a size is out of range, heads do not divide, or a key is unknown.
+    """
+
+    model_type = "drt"
+
+    position_embedding: Literal["rope", "alibi"] = "rope"
+    """Positional scheme of self-attention."""
     chunk_size: int = 64
     """Content tokens of a chunk S; a landmark closes every complete chunk."""
     retrieval_groups: list[int] | tuple[int, ...] = (6,)
@@ -93,20 +148,10 @@ class DRTConfig(PreTrainedConfig):
     """Whether attention inside a retrieved chunk has an implicit key of score and value zero."""
     num_encoder_layers: int = 2
     """Bidirectional layers of the chunk encoder; 0 = what the lower layers gave is only normed."""
-    loss_chunk_size: int | None = None
-    """Tokens, of all rows together, whose logits are held at once in training; a training forward
-    with labels then returns no logits. None = all, and they are returned."""
 
     def __post_init__(self, **kwargs: Any) -> None:
-        refuse_unknown_fields(type(self), kwargs)
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
         self.retrieval_groups = list(self.retrieval_groups)
         super().__post_init__(**kwargs)
-        self._check_sizes()
-        self._check_heads()
 
     @property
     def num_upper_layers(self) -> int:
@@ -126,11 +171,16 @@ class DRTConfig(PreTrainedConfig):
     def validate_layer_type(self) -> None:
         """`layer_types` is derived, so there is nothing to check."""
 
-    def _check_sizes(self) -> None:
-        """Refuse sizes that no model can have; names the field, its value and the limit."""
-        for name in _POSITIVE:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+    @property
+    def _rotates(self) -> bool:
+        # The chunk encoder always does.
+        return self.position_embedding == "rope" or bool(self.retrieval_groups)
+
+    def _positive_fields(self) -> tuple[str, ...]:
+        return (*super()._positive_fields(), "chunk_size", "retrieval_topk", "landmark_size")
+
+    def _check(self) -> None:
+        super()._check()
         for name in ("retrieval_noise", "num_encoder_layers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -139,10 +189,6 @@ class DRTConfig(PreTrainedConfig):
                 f"early_close_rate must be from 0 to chunk_size = {self.chunk_size}, "
                 f"got {self.early_close_rate}"
             )
-        for name in ("landmark_size", "loss_chunk_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
         if any(layers < 1 for layers in self.retrieval_groups):
             raise ValueError(
                 f"every retrieval group needs at least 1 layer, got {self.retrieval_groups}"
@@ -152,30 +198,6 @@ class DRTConfig(PreTrainedConfig):
                 f"retrieval_groups {self.retrieval_groups} hold {self.num_upper_layers} layers, "
                 f"the model has num_hidden_layers = {self.num_hidden_layers}"
             )
-
-    def _check_heads(self) -> None:
-        """Refuse heads that do not divide what they must divide."""
-        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        assert kv_heads is not None
-        assert self.head_dim is not None
-        if self.head_dim == self.hidden_size // heads and self.hidden_size % heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of "
-                f"num_attention_heads {heads}; set head_dim to choose the head width yourself"
-            )
-        if heads % kv_heads:
-            raise ValueError(
-                f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
-            )
-        if self.position_embedding == "rope" and self.head_dim % 2:
-            raise ValueError(f"rotary positions need an even head_dim, got {self.head_dim}")
-
-
-_POSITIVE = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
-    *("num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window"),
-    *("chunk_size", "retrieval_topk"),
-)
 
 
 def refuse_unknown_fields(cls: type, kwargs: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from drt.chunking import SegmentLayout
-from drt.configuration import DRTConfig
+from drt.configuration import DecoderConfig, DRTConfig
 from drt.ops.gca import grouped_cross_attention
 from drt.ops.window import sliding_window_attention
 from drt.retrieval import RetrievedChunks
@@ -51,7 +51,7 @@ class Rotary(NamedTuple):
 
 
 def rotary_factors(
-    first: int | list[int] | Tensor, count: int, *, config: DRTConfig, device: torch.device
+    first: int | list[int] | Tensor, count: int, *, config: DecoderConfig, device: torch.device
 ) -> Rotary:
     """Rotary factors of the positions first .. first + count - 1; `first` may be one number a row.
 
@@ -114,7 +114,7 @@ class DRTRMSNorm(nn.Module):
 class DRTMLP(nn.Module):
     """SwiGLU feed-forward."""
 
-    def __init__(self, config: DRTConfig) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -128,7 +128,7 @@ class DRTMLP(nn.Module):
 class DRTAttention(nn.Module):
     """Query, key, value and output projections of self-attention; subclasses say who sees whom."""
 
-    def __init__(self, config: DRTConfig) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         assert config.head_dim is not None
         assert config.num_key_value_heads is not None

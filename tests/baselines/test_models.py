@@ -18,7 +18,8 @@ from drt.baselines import (
     LandmarkAttentionConfig,
     LandmarkAttentionForCausalLM,
 )
-from drt.baselines.base import BaselineConfig, BaselineForCausalLM
+from drt.baselines.base import BaselineForCausalLM
+from drt.configuration import DecoderConfig
 
 SIZES: dict[str, Any] = {
     "vocab_size": 61,
@@ -33,7 +34,7 @@ NAMES = ["landmark_attention", "block_recurrent"]
 GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 
-def make_config(name: str, **changes: Any) -> BaselineConfig:
+def make_config(name: str, **changes: Any) -> DecoderConfig:
     if name == "landmark_attention":
         own = {"sliding_window": 19, "chunk_size": 8, "retrieval_topk": 2}
         return LandmarkAttentionConfig(**{**SIZES, **own, **changes})

@@ -11,105 +11,16 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
 from drt.arguments import check_labels, loss_kwargs, make_marks
-from drt.configuration import refuse_unknown_fields
+from drt.configuration import DecoderConfig
 from drt.layers import DRTRMSNorm
 from drt.loss import LanguageModelHead, predict
-
-
-@strict
-class BaselineConfig(PreTrainedConfig):
-    """The sizes that every baseline has.
-
-    Raises:
-        ValueError: a size is out of range, heads do not divide, or a key is unknown.
-    """
-
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
-
-    vocab_size: int = 258
-    """Tokens in the vocabulary."""
-    hidden_size: int = 768
-    """Model width E."""
-    intermediate_size: int = 2048
-    """Width of the SwiGLU feed-forward layers."""
-    num_hidden_layers: int = 12
-    """Decoder layers N."""
-    num_attention_heads: int = 12
-    """Query heads H."""
-    num_key_value_heads: int | None = None
-    """Key/value heads G; None = as many as query heads."""
-    head_dim: int | None = None
-    """Width of one head D; None = hidden_size / num_attention_heads."""
-    max_position_embeddings: int = 16384
-    """Tokens of a training row, for information: the model itself has no length limit."""
-    initializer_range: float = 0.02
-    """Standard deviation of the initial weights."""
-    rms_norm_eps: float = 1e-6
-    """Added to the mean square in every RMSNorm."""
-    tie_word_embeddings: bool = True
-    """Whether the output head is the embedding."""
-    use_cache: bool = True
-    """Whether generation keeps a state."""
-    pad_token_id: int | None = None
-    """Id of the padding token, if there is one."""
-    bos_token_id: int | None = None
-    """Id of the token that opens a text, if there is one."""
-    eos_token_id: int | list[int] | None = None
-    """Id or ids that end a generation, if any."""
-    sliding_window: int = 512
-    """Positions that self-attention sees directly, the query's own included."""
-    rope_theta: float = 10000.0
-    """Base of the rotary frequencies."""
-    loss_chunk_size: int | None = None
-    """Tokens, of all rows together, whose logits are held at once in training; a training forward
-    with labels then returns no logits. None = all, and they are returned."""
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        refuse_unknown_fields(type(self), kwargs)
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None:
-            if self.hidden_size % self.num_attention_heads:
-                raise ValueError(
-                    f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
-                    f"{self.num_attention_heads}; set head_dim to choose the head width yourself"
-                )
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        super().__post_init__(**kwargs)
-        self._check()
-
-    def _positive_fields(self) -> tuple[str, ...]:
-        """Names of the fields that must be at least 1 where they are set."""
-        return (
-            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
-            *("num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window"),
-            "loss_chunk_size",
-        )
-
-    def _check(self) -> None:
-        """Refuse what no model can have; names the field, its value and the limit."""
-        for name in self._positive_fields():
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        assert self.num_key_value_heads is not None
-        assert self.head_dim is not None
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"rotary positions need an even head_dim, got {self.head_dim}")
 
 
 class KeyValues(NamedTuple):
@@ -248,7 +159,7 @@ class BaselinePreTrainedModel(PreTrainedModel):
 class BaselineModel(BaselinePreTrainedModel):
     """Embedding, layers and final norm; subclasses fill `layers` and write `forward`."""
 
-    def __init__(self, config: BaselineConfig) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList()
@@ -277,7 +188,7 @@ class BaselineForCausalLM(BaselinePreTrainedModel, GenerationMixin):
     accepts_loss_kwargs = True
     model_class: type[BaselineModel]
 
-    def __init__(self, config: BaselineConfig) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
         self.model = self.model_class(config)
         self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size)

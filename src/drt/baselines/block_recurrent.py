@@ -35,12 +35,12 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from drt.baselines.base import (
-    BaselineConfig,
     BaselineForCausalLM,
     BaselineModel,
     BaselineState,
     KeyValues,
 )
+from drt.configuration import DecoderConfig
 from drt.layers import (
     DRTMLP,
     DRTAttention,
@@ -54,7 +54,7 @@ from drt.ops.window import sliding_window_attention
 
 
 @strict
-class BlockRecurrentConfig(BaselineConfig):
+class BlockRecurrentConfig(DecoderConfig):
     """Configuration of `BlockRecurrentForCausalLM`; `sliding_window` is also the block size W.
 
     Raises:
@@ -103,7 +103,7 @@ class WindowAttention(DRTAttention):
     """Causal self-attention to the last W positions."""
 
     def __init__(self, config: BlockRecurrentConfig) -> None:
-        super().__init__(config)  # type: ignore[arg-type]
+        super().__init__(config)
         self.window = config.sliding_window
         self.num_heads = config.num_attention_heads
         self.uses_alibi = config.position_embedding == "alibi"
@@ -133,7 +133,7 @@ class WindowLayer(GradientCheckpointingLayer):
         self.input_layernorm = DRTRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = WindowAttention(config)
         self.post_attention_layernorm = DRTRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = DRTMLP(config)  # type: ignore[arg-type]
+        self.mlp = DRTMLP(config)
 
     def forward(
         self, hidden: Tensor, rotary: Rotary | None, first: int, held: KeyValues | None
@@ -205,7 +205,7 @@ class RecurrentLayer(GradientCheckpointingLayer):
         self.cross_q_proj = nn.Linear(config.hidden_size, queries, bias=False)
         self.states = StateVectors(config)
         self.post_attention_layernorm = DRTRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = DRTMLP(config)  # type: ignore[arg-type]
+        self.mlp = DRTMLP(config)
 
     def forward(
         self, hidden: Tensor, rotary: Rotary | None, first: int, held: Held | None
@@ -326,7 +326,7 @@ class BlockRecurrentModel(BaselineModel):
             rotary = rotary_factors(
                 first,
                 input_ids.shape[1],
-                config=self.config,  # type: ignore[arg-type]
+                config=self.config,
                 device=hidden.device,
             )
         for number, layer in enumerate(self.layers):

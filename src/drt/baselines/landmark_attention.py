@@ -39,7 +39,6 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from drt.baselines.base import (
-    BaselineConfig,
     BaselineForCausalLM,
     BaselineModel,
     BaselineState,
@@ -47,6 +46,7 @@ from drt.baselines.base import (
 )
 from drt.baselines.chunk_attention import attend_to_chunks, search_landmarks
 from drt.chunking import ChunkRules, Cursor, Marks, SegmentLayout, plan_segment
+from drt.configuration import DecoderConfig
 from drt.layers import DRTMLP, DRTAttention, DRTRMSNorm, Rotary, rotary_factors, rotate
 from drt.precision import sum_dtype
 
@@ -59,7 +59,7 @@ _ACCELERATOR_NUMBERS = 1 << 30
 
 
 @strict
-class LandmarkAttentionConfig(BaselineConfig):
+class LandmarkAttentionConfig(DecoderConfig):
     """Configuration of `LandmarkAttentionForCausalLM`.
 
     Raises:
@@ -149,7 +149,7 @@ def make_places(
     kept = min(first, _num_kept(config))
 
     def rotary(start: int, number: int) -> Rotary:
-        return rotary_factors(start, number, config=config, device=device)  # type: ignore[arg-type]
+        return rotary_factors(start, number, config=config, device=device)
 
     # The last place ends right before the window.
     begins = [rotary(window - 1 + number * width, 1) for number in range(topk, 0, -1)]
@@ -199,7 +199,7 @@ class LandmarkAttention(DRTAttention):
     """Self-attention to the window and, where the layer keeps chunks, to retrieved ones."""
 
     def __init__(self, config: LandmarkAttentionConfig, *, keeps_chunks: bool) -> None:
-        super().__init__(config)  # type: ignore[arg-type]
+        super().__init__(config)
         self.keeps_chunks = keeps_chunks
         self.chunk_size = config.chunk_size
         self.topk = config.retrieval_topk
@@ -341,7 +341,7 @@ class LandmarkLayer(GradientCheckpointingLayer):
         self.input_layernorm = DRTRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = LandmarkAttention(config, keeps_chunks=number > 0)
         self.post_attention_layernorm = DRTRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = DRTMLP(config)  # type: ignore[arg-type]
+        self.mlp = DRTMLP(config)
 
     def forward(
         self, hidden: Tensor, places: Places, held: Held | None
