@@ -213,7 +213,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     """Read a run configuration.
 
     Args:
-        path: a YAML file; its `extends` key may name another, beside it, to change parts of.
+        path: a YAML file; its `extends` key may name another, beside it, to change parts of, or
+            several, of which later ones change parts of earlier ones.
         overrides: "dotted.key=value" strings, the value in YAML; list items by number.
 
     Raises:
@@ -226,7 +227,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """A YAML mapping, laid over the one that its `extends` key names.
+    """A YAML mapping, laid over the one, or the list of them, that its `extends` key names.
 
     Raises:
         ValueError: no such file, or no YAML mapping in it.
@@ -239,8 +240,11 @@ def read_mapping(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path} must hold a mapping, got {type(data).__name__}")
-    below = data.pop("extends", None)
-    return data if below is None else overlay(read_mapping(path.parent / below), data)
+    names = data.pop("extends", [])
+    below: dict[str, Any] = {}
+    for name in names if isinstance(names, list) else [names]:
+        below = overlay(below, read_mapping(path.parent / name))
+    return overlay(below, data)
 
 
 def overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from drt.cli.main import main
+from drt.cli.main import main, parse
 
 TASK = {"kind": "single", "num_questions": 1, "num_digits": 2}
 
@@ -38,6 +38,16 @@ def baseline(config: Path) -> Path:
     path = config.parent / "baseline.yaml"
     path.write_text(yaml.safe_dump({"extends": "config.yaml", "model": {"retrieval_groups": []}}))
     return path
+
+
+def test_overrides_stand_anywhere(config: Path, capsys: Any) -> None:
+    assert parse(["train", "x", "a=1", "--resume", "b=2"]).overrides == ["a=1", "b=2"]
+    assert main(["train", str(config), "--overwrite", "training.num_step=1"]) == 2
+    assert "unknown key training.num_step; did you mean" in capsys.readouterr().err
+    for words in (["train", "x", "--resume", "a=1", "-x"], ["generate", "x", "prompt", "a=1"]):
+        with pytest.raises(SystemExit):
+            main(words)
+        assert "unrecognized arguments: a=1" in capsys.readouterr().err
 
 
 def test_train_then_eval(config: Path, tmp_path: Path, capsys: Any) -> None:

@@ -11,6 +11,7 @@ from drt.checkpoints import load_checkpoint
 from drt.cli.main import main
 from drt.data import byte_tokenizer
 from drt.data.prepared import CorpusConfig, find_sources, prepare
+from drt.evaluation.tasks import make_task
 from drt.run_config import read_mapping
 from drt.study import Job, load_study, plan_jobs, run_job
 from drt.study.config import run_config, run_folder
@@ -89,6 +90,44 @@ def test_a_study_makes_its_page_and_goes_on_where_it_was(study_file: Path) -> No
     assert "more of it / window" in text
     assert "Not all runs" not in text
     assert (page.parent / "small-by-length.png").stat().st_size > 1000
+
+
+def test_pretrained_runs_are_trained_but_not_measured(study_file: Path) -> None:
+    data = yaml.safe_load(study_file.read_text())
+    data["pretrained"] = {"before": {"model": {"retrieval_groups": []}}}
+    data["rows"] = {"after": {"initial": {"row": "before"}, "model": {}}}
+    data["columns"]["at 128"]["paper"], data["comparisons"] = {}, []
+    study_file.write_text(yaml.safe_dump(data, sort_keys=False))
+    folder, page = study_file.parent / "runs", study_file.parent / "page.md"
+    words = ["study", str(study_file), "seeds=[0]", "--output", str(folder), "--page", str(page)]
+    assert main(words) == 0
+    assert not (run_folder(folder, "before", 0) / "results.json").exists()
+    text = page.read_text()
+    assert "| after |" in text
+    assert "before" not in text
+    with pytest.raises(ValueError, match="'after' and 'After' would share the file name"):
+        load_study(study_file, ["pretrained.After={}"])
+
+
+def test_studies_share_runs(
+    study_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(study_file.parent)
+    named = ["seeds=[0]", "runs=all of {corpus}", "parameters.corpus=prepared"]
+    assert main(["study", str(study_file), *named]) == 0
+    assert Path("runs/studies/all-of-prepared/window/seed-0/model").is_dir()
+    # The other study has a row less and extends two files, of which the second one wins.
+    data = yaml.safe_load(study_file.read_text())
+    Path("rows.yaml").write_text(yaml.safe_dump({"rows": {"window": data["rows"]["window"]}}))
+    rest = {**data, "rows": {}, "comparisons": [], "title": "Another"}
+    Path("rest.yaml").write_text(yaml.safe_dump(rest))
+    Path("other.yaml").write_text("extends: [rest.yaml, rows.yaml]\ntitle: The other\n")
+    capsys.readouterr()
+    assert main(["study", "other.yaml", *named]) == 0
+    assert "window, seed 0" not in capsys.readouterr().out
+    text = Path("docs/results/other.md").read_text()
+    assert text.startswith("# The other")
+    assert "| window |" in text
 
 
 def test_other_settings_are_measured_again_without_training_again(study_file: Path) -> None:
@@ -305,9 +344,11 @@ def test_every_row_of_a_shipped_study_is_a_run(path: Path, tmp_path: Path) -> No
 
     study = load_study(path, [])
     base = read_mapping(Path(study.base))
-    for row in study.rows:
+    for row in study.trained:
         config = run_config(study, base, row, 3, tmp_path)
         assert config.seed == 3
+        for measurement in study.measurements_of(row).values():
+            make_task(measurement.task, measurement.settings)
         # Fields beside those of another row are checked when there is one.
         if config.initial is None:
             assert make_config(config.model, byte_tokenizer()).vocab_size == 258

@@ -26,9 +26,23 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line; overrides may stand between and after options too."""
+    top = parser()
+    # argparse gives its positional list only what stands before the first option.
+    options, rest = top.parse_known_args(arguments)
+    if not hasattr(options, "overrides") or any(word.startswith("-") for word in rest):
+        unknown = rest
+    else:
+        options.overrides, unknown = [*options.overrides, *rest], []
+    if unknown:
+        top.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return options
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run `drt`; the exit code is 2 for a user's error and 130 after Ctrl-C."""
-    options = parser().parse_args(arguments)
+    options = parse(arguments)
     try:
         options.run(options)
     except BrokenPipeError:

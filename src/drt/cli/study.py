@@ -23,7 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="a parameter or another key: seeds=[0]"
     )
-    parser.add_argument("--output", type=Path, help="folder of the runs; runs/studies/NAME")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="folder of the runs; one in runs/studies, by what the study says or its NAME",
+    )
     parser.add_argument("--page", type=Path, help="the page that is written; docs/results/NAME.md")
     parser.add_argument(
         "--workers", type=int, default=1, help="runs at a time, one thread each if several"
@@ -46,15 +50,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Do what is left of the study, then write its page."""
     from drt.study import Job, load_study, run_job
+    from drt.study.config import slug
     from drt.study.report import write_page
 
     path = find_config(options.study, folder="studies")
     study = load_study(path, options.overrides)
-    folder = options.output or Path("runs/studies") / path.stem
+    folder = options.output or Path("runs/studies") / (
+        slug(study.runs) if study.runs else path.stem
+    )
     if options.only:
         row, seed = options.only
-        if row not in study.rows or not seed.isdecimal():
-            raise ValueError(f"no run {row!r} {seed!r}: rows are {', '.join(study.rows)}")
+        if row not in study.trained or not seed.isdecimal():
+            raise ValueError(f"no run {row!r} {seed!r}: rows are {', '.join(study.trained)}")
         run_job(study, Job(row, int(seed)), folder)
         return
     failed = [] if options.page_only else _run_all(study, folder, options)

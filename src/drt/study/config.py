@@ -69,6 +69,11 @@ class StudyConfig:
     """By name, what is measured of every run."""
     columns: dict[str, Column]
     """By title, the columns of the table."""
+    pretrained: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The same of runs that rows begin with, and that are neither measured nor shown."""
+    runs: str | None = None
+    """What the folder of the runs is called, which studies with rows of the same names may share;
+    None = as the study's file."""
     about: str = ""
     """What the page says first, in Markdown."""
     parameters: dict[str, str] = field(default_factory=dict)
@@ -88,7 +93,7 @@ class StudyConfig:
         if len(set(self.seeds)) < len(self.seeds) or min(self.seeds, default=-1) < 0:
             raise ValueError(f"seeds must be different numbers of 0 or more, got {self.seeds}")
         # Rows and pictures that a file name does not tell apart would overwrite each other.
-        check_slugs("rows", self.rows)
+        check_slugs("rows", [*self.rows, *self.pretrained])
         check_slugs("curves", self.curves)
         self._check_shown()
         for row, changed in self.exceptions.items():
@@ -99,7 +104,7 @@ class StudyConfig:
         for pair in self.comparisons:
             if len(pair) != 2 or any(name not in self.rows for name in pair):
                 raise ValueError(f"a comparison names two rows, got {pair}")
-        for name in self.rows:
+        for name in self.trained:
             self._check_initial(name)
 
     def _check_shown(self) -> None:
@@ -122,21 +127,30 @@ class StudyConfig:
         """Refuse a row that begins with no row, or in the end with itself."""
         seen, source = [name], self.initial_row(name)
         while source is not None:
-            if source not in self.rows:
+            if source not in self.trained:
                 raise ValueError(f"row {seen[-1]!r} begins with {source!r}, which is no row")
             if source in seen:
                 raise ValueError(f"rows begin with each other: {' -> '.join([*seen, source])}")
             seen.append(source)
             source = self.initial_row(source)
 
-    def measurement_of(self, row: str, name: str) -> Measurement:
-        """A measurement as it is made of a row."""
-        made = self.measurements[name]
-        return replace(made, settings=made.settings | self.exceptions.get(row, {}).get(name, {}))
+    @property
+    def trained(self) -> dict[str, dict[str, Any]]:
+        """All that is trained: the pretrained runs and the rows."""
+        return {**self.pretrained, **self.rows}
+
+    def measurements_of(self, row: str) -> dict[str, Measurement]:
+        """By name, the measurements as they are made of a row; none of a pretrained run."""
+        changed = self.exceptions.get(row, {})
+        return {
+            name: replace(made, settings=made.settings | changed.get(name, {}))
+            for name, made in self.measurements.items()
+            if row in self.rows
+        }
 
     def initial_row(self, name: str) -> str | None:
         """The row that a row begins with, if any."""
-        initial = self.rows[name].get("initial")
+        initial = self.trained[name].get("initial")
         if not isinstance(initial, dict):
             return None
         if initial.keys() != {"row"}:
@@ -189,7 +203,7 @@ def run_config(
         seed: the run's seed.
         folder: of the study; a run has its own folder in it.
     """
-    changes = dict(study.rows[row])
+    changes = dict(study.trained[row])
     source = study.initial_row(row)
     if source is not None:
         changes["initial"] = str(run_folder(folder, source, seed))

@@ -48,7 +48,7 @@ class Job(NamedTuple):
 
 def plan_jobs(study: StudyConfig) -> list[Job]:
     """All runs: every row with the first seed, then with the next, so that tables fill evenly."""
-    return [Job(row, seed) for seed in study.seeds for row in study.rows]
+    return [Job(row, seed) for seed in study.seeds for row in study.trained]
 
 
 def results_of(study: StudyConfig, job: Job, folder: Path) -> dict[str, Any]:
@@ -59,9 +59,8 @@ def results_of(study: StudyConfig, job: Job, folder: Path) -> dict[str, Any]:
     stored = json.loads(file.read_text())
     return {
         name: stored[name]["record"]
-        for name in study.measurements
-        if name in stored
-        and stored[name]["measurement"] == _as_stored(study.measurement_of(job.row, name))
+        for name, measurement in study.measurements_of(job.row).items()
+        if name in stored and stored[name]["measurement"] == _as_stored(measurement)
     }
 
 
@@ -84,9 +83,8 @@ def check_jobs(study: StudyConfig, folder: Path) -> None:
     """
     base = read_mapping(Path(study.base))
     checked: list[Measurement] = []
-    for row in study.rows:
-        for name in study.measurements:
-            measurement = study.measurement_of(row, name)
+    for row in study.trained:
+        for measurement in study.measurements_of(row).values():
             if measurement not in checked:
                 _check_measurement(measurement)
                 checked.append(measurement)
@@ -155,7 +153,7 @@ def _flat(mapping: dict[str, Any], where: str = "") -> dict[str, Any]:
 def is_done(study: StudyConfig, job: Job, folder: Path) -> bool:
     """Whether nothing is left to do for a run."""
     here = run_folder(folder, job.row, job.seed)
-    measured = len(results_of(study, job, folder)) == len(study.measurements)
+    measured = len(results_of(study, job, folder)) == len(study.measurements_of(job.row))
     return is_finished(here) and (here / FACTS_FILE).is_file() and measured
 
 
@@ -207,9 +205,8 @@ def _run_job(study: StudyConfig, job: Job, folder: Path) -> None:
     if not (here / FACTS_FILE).is_file():
         write_whole(here / FACTS_FILE, json.dumps(_facts(checkpoint.model, config)))
     done = results_of(study, job, folder)
-    for name in study.measurements:
+    for name, measurement in study.measurements_of(job.row).items():
         if name not in done:
-            measurement = study.measurement_of(job.row, name)
             task = make_task(measurement.task, measurement.settings)
             record = task.evaluate(checkpoint, title=f"{job.row}: {name}")
             _store(here / RESULTS_FILE, name, measurement, record)
