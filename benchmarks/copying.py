@@ -2,17 +2,17 @@
 
     python benchmarks/copying.py DATA MODEL... [--lengths 1024 16384] [--json PATH]
 
-Stretches of 512 tokens of a prepared split are predicted by each model from 1,024 tokens, alone and
-mixed with a copy model that learns nothing: where the last 4 to 24 tokens stood before within the
-last N, what followed them there follows again. The mixture's weights, by length of the match and
-number and agreement of its followers, are fitted on every other document and measured on the rest,
-and the other way round. Then what the model loses by itself where 16 tokens or more stood before,
-by distance, beside how often the latest copy is right: a model that copies loses little there. DATA
-is a folder that `drt data prepare` wrote, MODEL what `drt eval` takes.
+First: stretches of 512 tokens of a prepared split are predicted by each model from 1,024 tokens,
+alone and mixed with a copy model that learns nothing: where the last 4 to 24 tokens stood before
+within the last N, what followed them there follows again. The mixture's weights, by length of the
+match and number and agreement of its followers, are fitted on every other document and measured on
+the rest, and the other way round. Second: 96 tokens of a text are put into it once more, D tokens
+later; bits of their last 72, the first time and the second. A model that copies over that distance
+loses little the second time. DATA is a folder that `drt data prepare` wrote, MODEL what `drt eval`
+takes.
 """
 
 from collections import Counter, defaultdict
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,11 +27,11 @@ from drt.loss import losses_of_logits
 
 STRIDE = 512
 ORDERS = (24, 16, 12, 8, 6, 5, 4)
-LONG = 16
-DISTANCES = (1, 64, 128, 256, 512, 1024, 4096, 16384, 65536)
 # Of a match that stands many times before, the latest followers.
 FOLLOWERS = 64
 ROUNDS = 50
+# Tokens before what is put in twice, of it, and of it until a repetition can be told.
+LEAD, SPAN, TOLD = 128, 96, 24
 
 
 class Copies(NamedTuple):
@@ -41,12 +41,6 @@ class Copies(NamedTuple):
     """float64, the share of the match's followers that are the token; 0 without a match."""
     kind: np.ndarray
     """int64, matches of one kind share a weight; 0 = no match."""
-    order: np.ndarray
-    """int64, tokens that match; 0 = none."""
-    distance: np.ndarray
-    """int64, how far back the latest follower is."""
-    is_right: np.ndarray
-    """bool, whether that is the token."""
 
 
 def find_copies(row: np.ndarray, scored: int) -> Copies:
@@ -59,26 +53,26 @@ def find_copies(row: np.ndarray, scored: int) -> Copies:
         # As bytes, matches of different lengths are different keys.
         keys = [data[(at - order) * width : at * width] for order in ORDERS if order <= at]
         if at >= len(tokens) - scored:
-            match = next((key for key in keys if key in seen), b"")
-            found.append(_copy(tokens, at, len(match) // width, seen[match] if match else []))
+            match = next((key for key in keys if key in seen), None)
+            found.append((0.0, 0) if match is None else _copy(tokens, at, match, seen[match]))
         for key in keys:
             seen[key].append(at)
-    return Copies(*map(np.array, zip(*found, strict=True)))
+    shares, kinds = zip(*found, strict=True)
+    return Copies(np.array(shares), np.array(kinds))
 
 
-def _copy(tokens: list[int], at: int, order: int, followers: list[int]) -> tuple[Any, ...]:
-    if not followers:
-        return 0.0, 0, 0, 0, False
+def _copy(tokens: list[int], at: int, match: bytes, followers: list[int]) -> tuple[float, int]:
     counts = Counter(tokens[each] for each in followers[-FOLLOWERS:])
-    total, latest = counts.total(), followers[-1]
-    kind = 1 + 6 * ORDERS.index(order) + 2 * (min(total, 3) - 1) + (len(counts) == 1)
-    return counts[tokens[at]] / total, kind, order, at - latest, tokens[latest] == tokens[at]
+    total = counts.total()
+    # Tokens of a split have two or four bytes: the length tells matches of one split apart.
+    kind = 6 * len(match) + 2 * min(total, 3) + (len(counts) == 1)
+    return counts[tokens[at]] / total, kind
 
 
 def mixed(chances: np.ndarray, copies: Copies, fold: np.ndarray) -> np.ndarray:
     """(n, S) chances of the tokens by the mixture, the weights of each fold from the other."""
     found = chances.copy()
-    for kind in range(1, int(copies.kind.max()) + 1):
+    for kind in np.unique(copies.kind[copies.kind > 0]):
         alike = copies.kind == kind
         for here in (alike & fold[:, None], alike & ~fold[:, None]):
             there = alike & ~here
@@ -114,20 +108,6 @@ def bits(chances: np.ndarray) -> float:
     return -float(np.log2(chances).mean())
 
 
-def by_distance(chances: np.ndarray, copies: Copies) -> list[dict[str, Any]]:
-    """Where long matches are: how many, how often the latest is right, the model's bits there."""
-    rows = []
-    for low, high in pairwise(DISTANCES):
-        here = (copies.order >= LONG) & (copies.distance >= low) & (copies.distance < high)
-        if here.any():
-            right = float(copies.is_right[here].mean())
-            count = int(here.sum())
-            rows.append(
-                {"from": low, "to": high, "n": count, "right": right, "bits": bits(chances[here])}
-            )
-    return rows
-
-
 class Text:
     """Stretches of a split, and what the copy model says of them from so many tokens.
 
@@ -137,9 +117,9 @@ class Text:
 
     def __init__(self, split: PreparedSplit, lengths: list[int], *, targets: int) -> None:
         excerpts = choose_excerpts(split, min_tokens=2, longest=max(lengths))
-        self.split, self.windows = (
-            split,
-            choose_targets(excerpts, longest=max(lengths), stride=STRIDE, max_targets=targets),
+        self.split = split
+        self.windows = choose_targets(
+            excerpts, longest=max(lengths), stride=STRIDE, max_targets=targets
         )
         documents = np.array([window.document for window in self.windows])
         numbers = np.unique(documents)
@@ -157,11 +137,25 @@ class Text:
         found = [find_copies(row, STRIDE) for row in self.rows(length)]
         return Copies(*map(np.stack, zip(*found, strict=True)))
 
-    def record(self, chances: np.ndarray) -> dict[str, Any]:
-        """What a model has to gain, and what it takes."""
-        gains = {n: bits(mixed(chances, copies, self.fold)) for n, copies in self.copies.items()}
-        repeats = by_distance(chances, self.copies[max(self.copies)])
-        return {"alone": bits(chances), "with_copies": gains, "repeats": repeats}
+    def gains(self, chances: np.ndarray) -> dict[int, float]:
+        """Bits with the copies of each length."""
+        return {n: bits(mixed(chances, copies, self.fold)) for n, copies in self.copies.items()}
+
+
+def planted(model: Any, text: Text, distance: int, *, count: int) -> dict[str, float]:
+    """Bits of what is put into a text once more so many tokens later, both times."""
+    length, rows = LEAD + distance + SPAN, []
+    for window in text.windows[:: max(len(text.windows) // count, 1)]:
+        row = text.split.document(window.document).tokens[window.start : window.start + length]
+        if len(row) == length:
+            rows.append(np.concatenate([row[: LEAD + distance], row[LEAD : LEAD + SPAN]]))
+    if not rows:
+        raise ValueError(
+            f"no stretch of the split has {length:,} tokens, for distance {distance:,}"
+        )
+    chances = chances_of(model, rows, distance + SPAN)
+    first, second = (chances[:, at + TOLD : at + SPAN] for at in (0, distance))
+    return {"distance": distance, "first": bits(first), "second": bits(second)}
 
 
 def main(words: list[str] | None = None) -> None:
@@ -171,29 +165,37 @@ def main(words: list[str] | None = None) -> None:
     arguments.add_argument("--context", type=int, default=1024, help="tokens that a model reads")
     arguments.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384])
     arguments.add_argument("--targets", type=int, default=128, help="stretches")
+    arguments.add_argument("--distances", type=int, nargs="+", default=[96, 192, 384, 768, 3072])
     options = arguments.parse_args(words)
     if min(options.context, *options.lengths) <= STRIDE:
         arguments.error(f"contexts must be longer than a stretch, {STRIDE} tokens")
+    if min(options.distances) < SPAN:
+        arguments.error(f"distances must be at least {SPAN}, what is put in twice")
     print(hardware_line())
     targets = min(options.targets, 32) if options.quick else options.targets
     text = Text(PreparedSplit(options.data), options.lengths, targets=targets)
-    records = {}
+    records: dict[str, Any] = {}
     for name in options.models:
         model = load_checkpoint(name).model
-        records[name] = text.record(chances_of(model, text.rows(options.context), STRIDE))
-    copies = [f"+ copies of the last {length:,}" for length in text.copies]
+        chances = chances_of(model, text.rows(options.context), STRIDE)
+        twice = [planted(model, text, each, count=targets // 4) for each in options.distances]
+        records[name] = {
+            "alone": bits(chances),
+            "with_copies": text.gains(chances),
+            "planted": twice,
+        }
+    head = ["model", "alone", *(f"+ copies of the last {length:,}" for length in text.copies)]
     rows = [
-        [name, f"{each['alone']:.4f}", *(f"{x:.4f}" for x in each["with_copies"].values())]
+        [name, *(f"{x:.4f}" for x in (each["alone"], *each["with_copies"].values()))]
         for name, each in records.items()
     ]
-    print_table(f"Bits a token, {len(text.windows)} stretches", ["model", "alone", *copies], rows)
-    for name, each in records.items():
-        head = ["distance", "tokens", "latest copy is right", "bits a token"]
-        rows = [
-            [f"{x['from']:,}-{x['to']:,}", x["n"], f"{x['right']:.3f}", f"{x['bits']:.3f}"]
-            for x in each["repeats"]
-        ]
-        print_table(f"Where {LONG} tokens or more stood before: {name}", head, rows)
+    print_table(f"Bits a token, {len(text.windows)} stretches", head, rows)
+    head = ["model", *(f"{distance:,} later" for distance in options.distances)]
+    rows = [
+        [name, *(f"{x['first']:.2f} to {x['second']:.2f}" for x in each["planted"])]
+        for name, each in records.items()
+    ]
+    print_table("Bits a token of what stands in the text twice", head, rows)
     write_json(options.json, {"models": records})
 
 

@@ -233,6 +233,11 @@ def test_wrong_studies_are_refused(study_file: Path, override: str, message: str
         ("parameters.corpus=no/where", "no/where"),
         ("rows.last={text: {corpus: no/where}}", "row 'last': text.corpus is 'no/where'"),
         ("rows.last={text: {length: 65536}}", "row 'last': "),
+        (
+            "rows.last={text: null, summaries: {path: no/where, length: 512}, "
+            "training: {tokens_per_step: 512}}",
+            "row 'last': ",
+        ),
         ("measurements.more={task: perplexity, settings: {data: no/where}}", "no/where holds no"),
         ("measurements.more={task: babi, settings: {facts: no/where}}", "no stories at no/where"),
         ("measurements.more={task: single, settings: {corpus: no/where}}", "no/where"),
@@ -344,9 +349,14 @@ def test_every_row_of_a_shipped_study_is_a_run(path: Path, tmp_path: Path) -> No
 
     study = load_study(path, [])
     base = read_mapping(Path(study.base))
+    # Nothing that is given on the command line is without effect.
+    for name in study.parameters:
+        assert "{" + name + "}" in yaml.safe_dump([read_mapping(path), base])
     for row in study.trained:
         config = run_config(study, base, row, 3, tmp_path)
         assert config.seed == 3
+        if config.text is not None:
+            assert config.text.corpus == study.parameters["corpus"]
         for measurement in study.measurements_of(row).values():
             make_task(measurement.task, measurement.settings)
         # Fields beside those of another row are checked when there is one.

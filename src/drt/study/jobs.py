@@ -26,7 +26,7 @@ from drt.run_config import CONFIG_FILE, FINAL_FOLDER, RunConfig, load_config, re
 from drt.study.config import Measurement, StudyConfig, run_config, run_folder
 from drt.training import train
 from drt.training.folder import METRICS_FILE, is_finished, training_seconds
-from drt.training.materials import check_text
+from drt.training.materials import check_data
 
 RESULTS_FILE = "results.json"
 """In a run's folder: what was measured, with the settings it was measured with."""
@@ -92,7 +92,7 @@ def check_jobs(study: StudyConfig, folder: Path) -> None:
             config = run_config(study, base, row, study.seeds[0], folder)
             if config.initial is None:
                 check_fields(config.model)
-            check_text(config)
+            check_data(config)
         except ValueError as error:
             raise ValueError(f"row {row!r}: {error}") from error
     for job in plan_jobs(study):

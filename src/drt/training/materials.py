@@ -16,7 +16,7 @@ from drt.checkpoints import Checkpoint, load_checkpoint
 from drt.data import Corpus, load_corpus, load_tokenizer
 from drt.data.prepared import TokenRows
 from drt.data.prepared.corpora import TOKENIZER_FOLDER
-from drt.data.summaries import SummaryData
+from drt.data.summaries import SummaryData, load_summaries
 from drt.data.summary_batches import SummaryBatches
 from drt.data.tokenization import BYTES
 from drt.run_config import RunConfig, TextData
@@ -72,14 +72,20 @@ def make_materials(config: RunConfig, corpus: Corpus | None = None) -> Materials
     return Materials(tokenizer, model, source, curriculum, corpus, validation)
 
 
-def check_text(config: RunConfig) -> None:
-    """Refuse a run on prepared text if that is not there or too short, without making a model.
+def check_data(config: RunConfig) -> None:
+    """Refuse a run on text or summaries that are not there or too short, without making a model.
 
     Raises:
         ValueError: as `make_materials`.
+        ImportError: summaries of the hub are wanted and `datasets` is not installed.
     """
     if config.text is not None:
         _text(config, config.text, _tokenizer(config, None))
+    elif config.summaries is not None:
+        data = config.summaries
+        held_out = [data.validation_split] if config.training.evaluate_every else []
+        for split in (data.split, *held_out):
+            load_summaries(data, split)
 
 
 def _tokenizer(config: RunConfig, initial: Checkpoint | None) -> PreTrainedTokenizerBase:
