@@ -31,12 +31,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     top = parser()
     # argparse gives its positional list only what stands before the first option.
     options, rest = top.parse_known_args(arguments)
-    if not hasattr(options, "overrides") or any(word.startswith("-") for word in rest):
-        unknown = rest
-    else:
-        options.overrides, unknown = [*options.overrides, *rest], []
-    if unknown:
-        top.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest and (not hasattr(options, "overrides") or any(word.startswith("-") for word in rest)):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
     return options
 
 

@@ -23,11 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="a parameter or another key: seeds=[0]"
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        help="folder of the runs; one in runs/studies, by what the study says or its NAME",
-    )
+    parser.add_argument("--output", type=Path, help="folder of the runs; one in runs/studies")
     parser.add_argument("--page", type=Path, help="the page that is written; docs/results/NAME.md")
     parser.add_argument(
         "--workers", type=int, default=1, help="runs at a time, one thread each if several"
@@ -55,9 +51,8 @@ def run(options: argparse.Namespace) -> None:
 
     path = find_config(options.study, folder="studies")
     study = load_study(path, options.overrides)
-    folder = options.output or Path("runs/studies") / (
-        slug(study.runs) if study.runs else path.stem
-    )
+    name = slug(study.runs) if study.runs else path.stem
+    folder = options.output or Path("runs/studies") / name
     if options.only:
         row, seed = options.only
         if row not in study.trained or not seed.isdecimal():
