@@ -56,6 +56,12 @@ def test_extends_merges_mappings_and_replaces_the_rest(tmp_path: Path) -> None:
     (tmp_path / "above.yaml").write_text(yaml.safe_dump(above))
     below, config = load_config(tmp_path / "below.yaml"), load_config(tmp_path / "above.yaml")
     assert config == replace(below, seed=3, training=replace(below.training, num_steps=7))
+    # Of several, later ones win over earlier ones, and the file itself over all.
+    (tmp_path / "part.yaml").write_text(yaml.safe_dump({"seed": 5, "training": {"num_steps": 9}}))
+    several = {"extends": ["below.yaml", "part.yaml"], "seed": 3}
+    (tmp_path / "above.yaml").write_text(yaml.safe_dump(several))
+    config = load_config(tmp_path / "above.yaml")
+    assert config == replace(below, seed=3, training=replace(below.training, num_steps=9))
 
 
 @pytest.mark.parametrize(
@@ -90,6 +96,9 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
         load_config(file)
     file.write_text("- 1")
     with pytest.raises(ValueError, match="must hold a mapping, got list"):
+        load_config(file)
+    file.write_text("extends: 3")
+    with pytest.raises(ValueError, match="extends must name files, got 3"):
         load_config(file)
     file.write_text("seed: 1")
     with pytest.raises(ValueError, match="missing key output_dir"):

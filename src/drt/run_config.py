@@ -230,7 +230,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """A YAML mapping, laid over the one, or the list of them, that its `extends` key names.
 
     Raises:
-        ValueError: no such file, or no YAML mapping in it.
+        ValueError: no such file, no YAML mapping in it, or `extends` is no name.
     """
     if not path.is_file():
         raise ValueError(f"no configuration file at {path}")
@@ -240,9 +240,11 @@ def read_mapping(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path} must hold a mapping, got {type(data).__name__}")
-    names = data.pop("extends", [])
+    names = data.pop("extends", None) or []
     below: dict[str, Any] = {}
     for name in names if isinstance(names, list) else [names]:
+        if not isinstance(name, str):
+            raise ValueError(f"{path}: extends must name files, got {name!r}")
         below = overlay(below, read_mapping(path.parent / name))
     return overlay(below, data)
 
