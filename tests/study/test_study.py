@@ -186,6 +186,28 @@ def test_a_row_whose_source_failed_is_not_waited_for(study_file: Path) -> None:
     assert [(job.row, status) for job, _, status in ended] == [("window", 3)]
 
 
+def test_rows_are_compared_where_both_were_measured(study_file: Path) -> None:
+    data = yaml.safe_load(study_file.read_text())
+    data["rows"]["third"] = {}
+    data["exceptions"] = {"third": {"test": {"lengths": [128]}}}
+    data["comparisons"] = [["more of it", "third"], ["more of it", "window"]]
+    study_file.write_text(yaml.safe_dump(data, sort_keys=False))
+    study, folder = load_study(study_file, []), study_file.parent / "runs"
+    for job in plan_jobs(study):
+        run_job(study, job, folder)
+    page = study_file.parent / "page.md"
+    write_page(study, folder, page, command="drt study small")
+    table = [line.split(" | ") for line in page.read_text().splitlines() if " / " in line]
+    assert [(cells[0], cells[1]) for cells in table] == [
+        (f"| more of it / {other}", seed)
+        for other in ("third", "window")
+        for seed in ("0", "1", "all")
+    ]
+    assert "| test | seed | 128 | 32 |" in page.read_text()
+    assert all(cells[3] == " |" for cells in table[:3])
+    assert all(cells[3] != " |" for cells in table[3:])
+
+
 def test_a_row_may_be_measured_otherwise(study_file: Path) -> None:
     study = load_study(study_file, ["exceptions.window.test={lengths: [64]}", "seeds=[0]"])
     job, folder = Job("window", 0), study_file.parent / "runs"

@@ -215,8 +215,12 @@ def _comparison_table(results: Results, measurement: str) -> str:
             lines.append((name, "all", pooled_difference(list(pairs.values()))))
     if not lines:
         return NONE
-    labels = [row["label"] for row in lines[0][2]]
-    cells = [[name, seed, *map(_ratio, rows)] for name, seed, rows in lines]
+    # Where a model was measured at fewer lengths, cells stay empty.
+    labels = list(dict.fromkeys(row["label"] for _, _, rows in lines for row in rows))
+    cells = []
+    for name, seed, rows in lines:
+        ratios = {row["label"]: _ratio(row) for row in rows}
+        cells.append([name, seed, *(ratios.get(label, NONE) for label in labels)])
     return _markdown([measurement, "seed", *labels], cells)
 
 
