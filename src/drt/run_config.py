@@ -13,6 +13,7 @@ from drt.configuration import DRTConfig
 from drt.data import MULTI_TASK, NeedleTask
 from drt.data.prepared.rows import Documents
 from drt.data.summaries import SummaryData
+from drt.memory.files import write_whole
 from drt.precision import Precision
 from drt.unknown_keys import did_you_mean
 
@@ -275,7 +276,7 @@ def _fields_of_both(below: dict[str, Any], above: dict[str, Any]) -> dict[str, A
 
 def save_config(config: RunConfig, path: Path) -> None:
     """Write a run configuration that `load_config` reads back equal."""
-    path.write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
+    write_whole(path, yaml.safe_dump(asdict(config), sort_keys=False))
 
 
 def build(cls: type, data: dict[str, Any], where: str = "") -> Any:

@@ -141,6 +141,9 @@ def test_other_settings_are_measured_again_without_training_again(study_file: Pa
     run_job(other, job, folder)
     assert is_done(other, job, folder)
     assert weights.stat().st_mtime_ns == before
+    # Beside the first ones, which another study may show.
+    assert is_done(study, job, folder)
+    assert results_of(other, job, folder) != results_of(study, job, folder)
 
 
 def test_the_command_runs_all_in_processes_of_their_own(
@@ -154,6 +157,16 @@ def test_the_command_runs_all_in_processes_of_their_own(
     assert "more of it, seed 0: done" in out
     assert "A small study" in page.read_text()
     assert (folder / "window" / "seed-0-log.txt").is_file()
+
+
+def test_data_that_rows_share_is_checked_once(
+    study_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[str] = []
+    monkeypatch.setattr("drt.study.jobs.check_data", lambda run: looked.append(run.output_dir))
+    study = load_study(study_file, ["rows.longer={text: {length: 64}}"])
+    check_jobs(study, study_file.parent / "runs")
+    assert [Path(each).parent.name for each in looked] == ["window", "longer"]
 
 
 def test_several_processes_train_a_run(study_file: Path) -> None:

@@ -29,7 +29,7 @@ from drt.training.folder import METRICS_FILE, is_finished, training_seconds
 from drt.training.materials import check_data
 
 RESULTS_FILE = "results.json"
-"""In a run's folder: what was measured, with the settings it was measured with."""
+"""In a run's folder: a list of what was measured, with the settings it was measured with."""
 
 FACTS_FILE = "facts.json"
 """In a run's folder: how large the model is, and what a token of training takes."""
@@ -53,15 +53,19 @@ def plan_jobs(study: StudyConfig) -> list[Job]:
 
 def results_of(study: StudyConfig, job: Job, folder: Path) -> dict[str, Any]:
     """What has been measured of a run with the study's settings, by measurement."""
-    file = run_folder(folder, job.row, job.seed) / RESULTS_FILE
-    if not file.is_file():
-        return {}
-    stored = json.loads(file.read_text())
+    stored = _stored(run_folder(folder, job.row, job.seed))
     return {
-        name: stored[name]["record"]
+        name: each["record"]
         for name, measurement in study.measurements_of(job.row).items()
-        if name in stored and stored[name]["measurement"] == _as_stored(measurement)
+        for each in stored
+        if each["measurement"] == _as_stored(measurement)
     }
+
+
+def _stored(here: Path) -> list[dict[str, Any]]:
+    """All that was ever measured of a run, maybe with other settings or by another study."""
+    file = here / RESULTS_FILE
+    return json.loads(file.read_text()) if file.is_file() else []
 
 
 def _as_stored(measurement: Measurement) -> dict[str, Any]:
@@ -82,7 +86,7 @@ def check_jobs(study: StudyConfig, folder: Path) -> None:
         ImportError: a measurement needs a library that is not installed.
     """
     base = read_mapping(Path(study.base))
-    checked: list[Measurement] = []
+    checked: list[Any] = []
     for row in study.trained:
         for measurement in study.measurements_of(row).values():
             if measurement not in checked:
@@ -92,7 +96,11 @@ def check_jobs(study: StudyConfig, folder: Path) -> None:
             config = run_config(study, base, row, study.seeds[0], folder)
             if config.initial is None:
                 check_fields(config.model)
-            check_data(config)
+            # Rows of a study mostly share their data.
+            data = (config.text, config.summaries, config.training, config.tokenizer)
+            if data not in checked:
+                check_data(config)
+                checked.append(data)
         except ValueError as error:
             raise ValueError(f"row {row!r}: {error}") from error
     for job in plan_jobs(study):
@@ -196,9 +204,11 @@ def alone(job: Job, folder: Path) -> Iterator[None]:
 def _run_job(study: StudyConfig, job: Job, folder: Path) -> None:
     config = check_configuration(study, read_mapping(Path(study.base)), job, folder)
     here = Path(config.output_dir)
-    if not is_finished(here):
-        resume = (here / CONFIG_FILE).is_file()
-        train(config, resume=resume, title=f"train {job.row} {job.seed}")
+    trained, begun = is_finished(here), (here / CONFIG_FILE).is_file()
+    # The first process writes the run's files as soon as it trains: by now all have looked.
+    PartialState().wait_for_everyone()
+    if not trained:
+        train(config, resume=begun, title=f"train {job.row} {job.seed}")
     if not PartialState().is_main_process or is_done(study, job, folder):
         return
     checkpoint = load_checkpoint(here / FINAL_FOLDER)
@@ -209,13 +219,8 @@ def _run_job(study: StudyConfig, job: Job, folder: Path) -> None:
         if name not in done:
             task = make_task(measurement.task, measurement.settings)
             record = task.evaluate(checkpoint, title=f"{job.row}: {name}")
-            _store(here / RESULTS_FILE, name, measurement, record)
-
-
-def _store(file: Path, name: str, measurement: Measurement, record: dict[str, Any]) -> None:
-    stored = json.loads(file.read_text()) if file.is_file() else {}
-    stored[name] = {"measurement": _as_stored(measurement), "record": record}
-    write_whole(file, json.dumps(stored, indent=1))
+            stored = [*_stored(here), {"measurement": _as_stored(measurement), "record": record}]
+            write_whole(here / RESULTS_FILE, json.dumps(stored, indent=1))
 
 
 def facts_of(job: Job, folder: Path) -> dict[str, Any]:
