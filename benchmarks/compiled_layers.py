@@ -68,7 +68,9 @@ class Training:
 
 def batches_of(config: RunConfig, stage: int) -> list[dict[str, Any]]:
     corpus = load_corpus(config.corpus, load_tokenizer(config.tokenizer or BYTES))
-    made = NeedleSteps(config, corpus, Curriculum([config.stages[stage]]))
+    made = NeedleSteps(
+        config, corpus, Curriculum([config.stages[stage]]), chunk_size=config.model["chunk_size"]
+    )
     return [{**made.rows(step), "step": torch.tensor(step)} for step in range(20)]
 
 

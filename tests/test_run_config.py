@@ -76,6 +76,8 @@ def test_extends_merges_mappings_and_replaces_the_rest(tmp_path: Path) -> None:
         ("stages.9.length=3", "9 is no item of a list of"),
         ("stages.0.tasks.0.task.kind=triple", r"kind must be one of \['single', 'multi', 'hops'"),
         ("stages.0.length=100", "row length 100 must be a multiple of chunk_size 32"),
+        ("chunk_size=48", "row length 256 must be a multiple of chunk_size 48"),
+        ("chunk_size=-1", "chunk_size must be at least 1, got -1"),
         ("stages=[]", "exactly one of stages .needles., text and summaries, got none"),
         ("seed", "an override reads key=value, got 'seed'"),
         ("seed.deep=1", "seed is a plain value"),

@@ -173,6 +173,9 @@ class RunConfig:
     of the initial model, or else bytes."""
     corpus: str | None = None
     """Haystack of needle rows; None = the prose and code of the Python installation."""
+    chunk_size: int | None = None
+    """Questions of needle rows end at multiples of this many tokens; None = chunk_size of the
+    model, 64 for a model without chunks."""
     seed: int = 0
     """Seed of initialization, data and noise."""
     precision: Precision = "float32"
@@ -186,14 +189,27 @@ class RunConfig:
                 "a run trains on exactly one of stages (needles), text and summaries, "
                 f"got {' and '.join(given) or 'none'}"
             )
-        # Only in needle rows does anything stand at the borders of chunks.
-        chunk = self.model.get("chunk_size", DRTConfig.chunk_size) if self.stages else 1
+        self._check_chunk_size()
         for length in self.row_lengths:
-            if length % chunk or self.training.tokens_per_step % length:
+            if self.training.tokens_per_step % length:
                 raise ValueError(
-                    f"row length {length} must be a multiple of chunk_size {chunk} and "
-                    f"divide tokens_per_step {self.training.tokens_per_step}"
+                    f"row length {length} must divide tokens_per_step "
+                    f"{self.training.tokens_per_step}"
                 )
+
+    def _check_chunk_size(self) -> None:
+        """Refuse rows that are no multiple of it, as far as the model it may follow from is known.
+
+        Only in needle rows does anything stand at the borders of chunks.
+        """
+        if not self.stages:
+            if self.chunk_size is not None:
+                raise ValueError(f"chunk_size {self.chunk_size} is of needle rows: there are none")
+            return
+        default = DRTConfig.chunk_size if self.initial is None else 1
+        check_row_lengths(
+            self.row_lengths, self.chunk_size or self.model.get("chunk_size", default)
+        )
 
     @property
     def row_lengths(self) -> list[int]:
@@ -208,6 +224,19 @@ class RunConfig:
     def train_length(self) -> int:
         """Tokens of the longest training row."""
         return max(self.row_lengths)
+
+
+def check_row_lengths(lengths: list[int], chunk_size: int) -> None:
+    """Refuse needle rows whose last question could not end with them.
+
+    Raises:
+        ValueError: a length is no multiple of `chunk_size`, or that is not positive.
+    """
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    for length in lengths:
+        if length % chunk_size:
+            raise ValueError(f"row length {length} must be a multiple of chunk_size {chunk_size}")
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:

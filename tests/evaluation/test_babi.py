@@ -134,10 +134,16 @@ def test_a_real_model_is_asked(settings: dict[str, Any], checkpoint: Checkpoint)
     assert "0.000-0.658" in table
 
 
-def test_wrong_settings_are_refused(settings: dict[str, Any], checkpoint: Checkpoint) -> None:
+def test_wrong_settings_are_refused(
+    settings: dict[str, Any], checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ValueError, match="n is 0"):
         BabiTask(**{**settings, "n": 0})
     with pytest.raises(ValueError, match="neither may be"):
         BabiTask(**{**settings, "lengths": []})
+    task = BabiTask(**{**settings, "lengths": [256, 1000]})
+    monkeypatch.setattr(task.__class__, "_ask", lambda *_: pytest.fail("a model was asked"))
+    with pytest.raises(ValueError, match="length is 1000; it must be a multiple of chunk_size"):
+        task.evaluate(checkpoint, title="test")
     with pytest.raises(ValueError, match=r"no story of tasks \[1\] fits"):
         BabiTask(**{**settings, "lengths": [64]}).evaluate(checkpoint, title="test")

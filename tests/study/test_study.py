@@ -1,5 +1,6 @@
 """A small study from start to end, stopped, gone on with, and what it refuses."""
 
+import shutil
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -264,6 +265,14 @@ def test_wrong_studies_are_refused(study_file: Path, override: str, message: str
         ),
         ("rows.last={training: {num_step: 1}}", "row 'last': unknown key training.num_step"),
         ("measurements.more={task: perplexitee}", "no task 'perplexitee'"),
+        (
+            "exceptions.window.test={lengths: [64]}",
+            "'test' scores other tokens of row 'more of it'",
+        ),
+        (
+            "rows.more of it.model={retrieval_topkk: 1}",
+            "unknown key model.retrieval_topkk of a drt",
+        ),
         ("exceptions.window.test={lengths: [1]}", "lengths must be of at least 2 tokens"),
         ("parameters.corpus=no/where", "no/where"),
         ("rows.last={text: {corpus: no/where}}", "row 'last': text.corpus is 'no/where'"),
@@ -308,8 +317,12 @@ def test_a_folder_of_runs_may_be_moved(study_file: Path) -> None:
     study, folder = load_study(study_file, ["seeds=[0]"]), study_file.parent / "runs"
     for job in plan_jobs(study):
         run_job(study, job, folder)
+    # As if it had been stopped after the first run.
+    shutil.rmtree(run_folder(folder, "more of it", 0) / "model")
     moved = folder.rename(study_file.parent / "moved")
     check_jobs(study, moved)
+    for job in plan_jobs(study):
+        run_job(study, job, moved)
     write_page(study, moved, study_file.parent / "page.md", command="drt study small")
 
 

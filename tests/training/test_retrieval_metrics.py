@@ -40,6 +40,13 @@ def test_means_by_hand() -> None:
     assert metrics.take(alone) == {}
 
 
+def test_dead_chunks_are_told_where_all_may_be_retrieved() -> None:
+    some, every = RetrievalMetrics(1, retrieves_all=False), RetrievalMetrics(1)
+    for metrics in (some, every):
+        metrics.add((retrieval([ROW], [WEIGHTS]),))
+    assert every.take(alone).keys() - some.take(alone).keys() == {"retrieval_dead_chunks_0"}
+
+
 def test_ragged_rows_add_nothing_past_their_end() -> None:
     whole, ragged = RetrievalMetrics(1), RetrievalMetrics(1)
     whole.add((retrieval([ROW], [WEIGHTS]),))

@@ -16,6 +16,7 @@ from drt.training import RunConfig, Stage, speed, train
 from drt.training.batches import NeedleSteps, StepParts, needle_masks, share
 from drt.training.callbacks import PROGRESS_FILE, latest_checkpoint
 from drt.training.curriculum import LEAD_STEPS, SETTLING_STEPS, Curriculum
+from drt.training.materials import make_materials
 
 
 def metrics(config: RunConfig) -> list[dict[str, Any]]:
@@ -169,17 +170,46 @@ def test_the_curriculum_moves_on_when_the_loss_is_low_and_settled(run_config: Ru
 
 def test_a_batch_is_a_function_of_the_step(run_config: RunConfig) -> None:
     corpus = load_corpus(None, byte_tokenizer())
-    first = NeedleSteps(run_config, corpus, Curriculum(run_config.stages))
-    second = NeedleSteps(run_config, corpus, Curriculum(run_config.stages))
+    first, second = (
+        NeedleSteps(run_config, corpus, Curriculum(run_config.stages), chunk_size=32)
+        for _ in range(2)
+    )
     second.rows(3)
     assert torch.equal(first.rows(7)["input_ids"], second.rows(7)["input_ids"])
     assert not torch.equal(first.rows(7)["input_ids"], first.rows(8)["input_ids"])
 
 
+def test_questions_end_at_the_models_chunks_or_at_those_that_are_given(
+    run_config: RunConfig, small_model: dict[str, Any]
+) -> None:
+    llama = {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
+    for changes, wanted in (
+        ({}, small_model["chunk_size"]),
+        ({"chunk_size": 32}, 32),
+        ({"model": llama}, 64),
+        ({"model": llama, "chunk_size": 16}, 16),
+    ):
+        source = make_materials(replace(run_config, **changes)).source
+        assert isinstance(source, NeedleSteps)
+        assert source.chunk_size == wanted
+    # With the chunks of the model that it begins with, whose rows would not fit.
+    saved = train(replace(run_config, training=replace(run_config.training, num_steps=1)))
+    begun = replace(run_config, model={}, initial=str(saved))
+    assert make_materials(begun).source.chunk_size == small_model["chunk_size"]
+    with pytest.raises(ValueError, match="row length 128 must be a multiple of chunk_size 24"):
+        make_materials(replace(begun, model={"chunk_size": 24}))
+
+
 @pytest.mark.parametrize("num_parts", [1, 2])
 def test_parts_are_the_rows_of_a_step(run_config: RunConfig, num_parts: int) -> None:
     corpus = load_corpus(None, byte_tokenizer())
-    source = NeedleSteps(run_config, corpus, Curriculum(run_config.stages))
+    source = NeedleSteps(run_config, corpus, Curriculum(run_config.stages), chunk_size=32)
     parts = StepParts(source, num_steps=60, num_parts=num_parts)
     assert len(parts) == 60 * num_parts
     made = [parts[5 * num_parts + part] for part in range(num_parts)]

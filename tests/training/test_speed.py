@@ -11,6 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations.integration_utils import is_tensorboard_available
 
 from drt import DRTForCausalLM
+from drt.architectures import known_fields
+from drt.baselines import AblationConfig, AblationForCausalLM
 from drt.testing import tiny_config
 from drt.training import RunConfig, speed, train
 from drt.training.flops import flops_of_row
@@ -85,7 +87,6 @@ def test_what_saves_memory_is_not_counted() -> None:
 
 def meter(**changes: Any) -> SpeedMeter:
     given: dict[str, Any] = {
-        "tokens_per_step": 200,
         "num_devices": 2,
         "device": torch.device("cpu"),
         "flops_of_row": lambda length: length * 10**9,
@@ -111,17 +112,47 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def test_speed_by_hand(clock: Clock) -> None:
     made = meter()
     made.begin()
-    for length in (50, 100):
+    for length in (40, 80):
         clock.now += 1.0
-        made.step(length)
+        made.step(160 // length, length)
     with made.pause():
         clock.now += 7.0
-    # Two steps of 200 tokens in 2 seconds; 10^9 operations a token, by two devices.
-    assert made.take() == {"tokens_per_second": 200.0, "tflops": 0.1, "mfu": 0.025}
+    # Two steps of 160 tokens in 2 seconds; 10^9 operations a token, by two devices.
+    assert made.take() == {"tokens_per_second": 160.0, "tflops": 0.08, "mfu": 0.02}
     assert made.take() == {}
     clock.now += 4.0
-    made.step(50)
-    assert made.take() == {"tokens_per_second": 50.0, "tflops": 0.025, "mfu": 0.00625}
+    made.step(4, 40)
+    assert made.take() == {"tokens_per_second": 40.0, "tflops": 0.02, "mfu": 0.005}
+
+
+def test_rows_of_any_length_are_counted_at_few_lengths(clock: Clock) -> None:
+    counted: list[int] = []
+
+    def flops_of_row(length: int) -> int:
+        counted.append(length)
+        return length * 10**9
+
+    made = meter(flops_of_row=flops_of_row)
+    made.begin()
+    for length in range(513, 1025):
+        made.step(4, length)
+    clock.now += 100.0
+    taken = made.take()
+    assert counted == [576, 640, 704, 768, 832, 896, 960, 1024]
+    # Every length from 513 to 1,024 once, four rows each.
+    assert taken["tokens_per_second"] == pytest.approx(4 * 512 * 768.5 / 100, abs=0.1)
+    # By two devices; each counted with up to 63 tokens too many.
+    assert taken["tflops"] == pytest.approx(4 * 512 * (768.5 + 31.5) * 1e9 / 2 / 100 / 1e12)
+
+
+def test_operations_of_a_retriever_that_reads_text_are_not_the_models() -> None:
+    known, given = known_fields("drt"), drt().config.to_dict()
+    fields = {key: value for key, value in given.items() if key in known} | {"retriever": "fixed"}
+    reads_ids, reads_text = (
+        AblationForCausalLM(AblationConfig(**fields, retriever_name=name))
+        for name in ("hashed-ngrams", "wordllama")
+    )
+    assert flops_of_row(reads_text, LENGTH) == flops_of_row(reads_ids, LENGTH) > 0
 
 
 def test_speed_says_no_more_than_is_known(clock: Clock) -> None:
@@ -132,7 +163,7 @@ def test_speed_says_no_more_than_is_known(clock: Clock) -> None:
         made = meter(**changes)
         made.begin()
         clock.now += 1.0
-        made.step(50)
+        made.step(4, 50)
         assert made.take().keys() == names
 
 

@@ -12,6 +12,7 @@ from drt.checkpoints import load_checkpoint
 from drt.evaluation.summarization import SummarizationTask
 from drt.run_config import RunConfig, load_config
 from drt.training import train
+from drt.training.materials import make_materials
 
 WORDS = ("red", "blue", "green", "white")
 
@@ -54,6 +55,15 @@ def test_summaries_are_learned_and_scored(config: RunConfig, tmp_path: Path) -> 
     task = SummarizationTask(path=str(tmp_path / "set"), n=2, max_summary_tokens=8, batch_size=2)
     record = task.evaluate(load_checkpoint(final), title="run")
     assert record["n"] == 2
+
+
+@pytest.mark.parametrize("closes", [True, False])
+def test_prompts_are_closed_in_validation_as_in_training(config: RunConfig, closes: bool) -> None:
+    run = replace(config, model={**config.model, "close_prompt_chunk": closes})
+    materials = make_materials(run)
+    assert ("chunk_ends" in materials.source.rows(0)) == closes
+    assert materials.validation
+    assert all(("chunk_ends" in row) == closes for row in materials.validation)
 
 
 def test_nothing_is_read_beyond_the_splits_there_are(config: RunConfig) -> None:

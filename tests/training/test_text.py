@@ -155,7 +155,7 @@ def test_every_row_comes_once_an_epoch(prepared: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"length": 48}, "row length 48 must be a multiple of chunk_size 1 and divide"),
+        ({"length": 48}, "row length 48 must divide tokens_per_step"),
         ({"validation_rows": 100}, "rows of 64 tokens, text.validation_rows is 100"),
         ({"split": "training"}, "training"),
     ],

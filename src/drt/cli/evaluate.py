@@ -178,6 +178,8 @@ def _evaluate(
         records[name] = {
             task: tasks[task].evaluate(checkpoint, title=f"{name}, {task}") for task in tasks
         }
+        # Not held while the next one loads.
+        del checkpoint
         if to is not None:
             content = {"hardware": hardware.describe(), "models": records}
             to.write_text(json.dumps(content, indent=2) + "\n")

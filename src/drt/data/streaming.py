@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import lzma
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -52,10 +53,9 @@ def list_inputs(paths: list[str]) -> list[TextInput]:
             raise ValueError(f"there is no file or folder {path}")
         files = list_text_files(Path(path)) if Path(path).is_dir() else [Path(path)]
         inputs += [TextInput(str(file), file.stat().st_size) for file in files]
-    names = [item.name for item in inputs]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise ValueError(f"{twice} is given twice")
+    for name, count in Counter(item.name for item in inputs).items():
+        if count > 1:
+            raise ValueError(f"{name} is given twice")
     return inputs
 
 

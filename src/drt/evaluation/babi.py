@@ -102,6 +102,7 @@ class BabiTask:
         corpus = load_corpus(self.corpus, checkpoint.tokenizer)
         size = self.chunk_size or common_chunk_size([checkpoint.model.config])
         cells = [(length, task) for length in sorted(set(self.lengths)) for task in self.tasks]
+        self._check_lengths(checkpoint.model, corpus, size)
         scores = []
         # Long contexts take the time: the bar counts tokens read.
         total = sum(self._count(corpus, *cell, size) * cell[0] for cell in cells)
@@ -118,6 +119,15 @@ class BabiTask:
                 scores.append(_score(task, length, answers)._asdict())
         return {"scores": scores, "settings": asdict(self)}
 
+    def _check_lengths(self, model: Any, corpus: Corpus, chunk_size: int) -> None:
+        """Refuse a length that fits a task or the model not, before any other is asked."""
+        for length in self.lengths:
+            for task in self.tasks:
+                example = self._stories(task).evaluation_example(
+                    corpus, seed=self.seed, index=0, length=length, chunk_size=chunk_size
+                )
+                check_length(model, tokens_needed(example), beyond_limit=self.beyond_limit)
+
     def _stories(self, task: int) -> BabiStories:
         return BabiStories(facts=self.facts, tasks=[task])
 
@@ -128,7 +138,6 @@ class BabiTask:
 
     def _ask(self, model: Any, example: NeedleExample, chunk_size: int) -> StoryAnswer:
         (question,) = example.questions
-        check_length(model, tokens_needed(example), beyond_limit=self.beyond_limit)
         with start_reading(
             model,
             segment_size=self.segment_size,

@@ -65,6 +65,9 @@ class NeedleEvaluationTask:
         for name in ("lengths", "seeds"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty: at least one is needed")
+        if len(set(self.seeds)) < len(self.seeds):
+            # The same questions twice would make intervals too narrow.
+            raise ValueError(f"seeds must be different numbers, got {self.seeds}")
         if self.depths == []:
             raise ValueError("depths is empty: leave it out for needles anywhere")
         for name, values in (

@@ -20,6 +20,7 @@ from drt.evaluation.document_losses import (
 )
 from drt.evaluation.pictures import short_length
 from drt.evaluation.progress import token_bar
+from drt.evaluation.reading import check_length
 from drt.evaluation.text_counts import Spelling
 from drt.evaluation.token_losses import book_nats, window_nats
 from drt.evaluation.windows import (
@@ -64,6 +65,9 @@ class PerplexityTask:
     document read once from its start to its end, scored by position."""
     lengths: list[int] = field(default_factory=lambda: [1024])
     """Tokens of a window, what is scored of it included; not of books."""
+    longest_length: int | None = None
+    """Sliding windows are chosen as if this were the longest of `lengths`; None = it is none. So a
+    model that reads fewer lengths is scored on the same tokens as others."""
     stride: int | None = None
     """Tokens of a stretch that sliding windows are scored on; None = half the shortest length."""
     max_targets: int = 256
@@ -100,12 +104,38 @@ class PerplexityTask:
             raise ValueError(f"lengths must be of at least 2 tokens, got {self.lengths}")
         if self.first_bucket < 2:
             raise ValueError(f"first_bucket must be at least 2 tokens, got {self.first_bucket}")
-        if self.mode != "sliding" and self.stride is not None:
-            raise ValueError(f"stride is of sliding windows, mode is {self.mode}")
+        for name in ("stride", "longest_length"):
+            if self.mode != "sliding" and getattr(self, name) is not None:
+                raise ValueError(f"{name} is of sliding windows, mode is {self.mode}")
+        if self.longest_length is not None and self.longest_length < max(self.lengths):
+            raise ValueError(
+                f"longest_length is {self.longest_length}: it must be at least the longest of "
+                f"lengths, {max(self.lengths)}"
+            )
         if self.mode == "sliding" and self.max_tokens is not None:
             raise ValueError("max_tokens is not of sliding windows: set max_targets")
         if self.stride is not None and self.stride >= shortest:
             raise ValueError(f"stride is {self.stride}: it must be below the length {shortest}")
+
+    @property
+    def scored(self) -> dict[str, Any]:
+        """What decides which tokens are scored: tasks that agree in it can be compared."""
+        names = ["data", "mode", "max_documents", "max_document_tokens"]
+        chosen: dict[str, Any] = {}
+        if self.mode == "sliding":
+            names += ["max_targets"]
+            chosen = {"stride": self._stride, "longest_length": self._longest}
+        else:
+            names += ["max_tokens"]
+        return {name: getattr(self, name) for name in names} | chosen
+
+    @property
+    def _longest(self) -> int:
+        return self.longest_length or max(self.lengths)
+
+    @property
+    def _stride(self) -> int:
+        return self.stride or min(self.lengths) // 2
 
     def check_data(self) -> None:
         """Raise the ValueError of `evaluate` if there is no such split, or it has no long texts."""
@@ -179,7 +209,7 @@ class PerplexityTask:
         draw_perplexity(records, path)
 
     def _excerpts(self, split: PreparedSplit) -> list[Excerpt]:
-        longest = 2 if self.mode == "book" else max(self.lengths)
+        longest = 2 if self.mode == "book" else self._longest
         return choose_excerpts(
             split,
             min_tokens=longest if self.mode == "sliding" else 2,
@@ -196,8 +226,8 @@ class PerplexityTask:
             return {length: cut_windows(excerpts, length) for length in lengths}
         targets = choose_targets(
             excerpts,
-            longest=lengths[-1],
-            stride=self.stride or lengths[0] // 2,
+            longest=self._longest,
+            stride=self._stride,
             max_targets=self.max_targets,
         )
         return {length: shorten(targets, length) for length in lengths}
@@ -208,6 +238,9 @@ class PerplexityTask:
         """A row for each length, shortest first."""
         plan = self._windows(excerpts)
         scored = []
+        for length in plan:
+            # Before any is read: the longest would be refused last.
+            check_length(model, length, beyond_limit=self.beyond_limit)
         total = sum(x.num_tokens for windows in plan.values() for x in windows)
         with token_bar(title, total) as bar:
             for length, windows in plan.items():
@@ -234,6 +267,8 @@ class PerplexityTask:
         self, model: Any, split: PreparedSplit, excerpts: list[Excerpt], title: str
     ) -> list[ScoredWindows]:
         """A row for each bucket of positions, and one for all."""
+        longest = max(excerpt.num_tokens for excerpt in excerpts)
+        check_length(model, longest, beyond_limit=self.beyond_limit)
         found: dict[tuple[int, int], list[tuple[Window, float]]] = {}
         with token_bar(title, sum(excerpt.num_tokens for excerpt in excerpts)) as bar:
             for excerpt in excerpts:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from drt.data.prepared import PreparedSplit
-from drt.evaluation.reading import check_length, start_reading
+from drt.evaluation.reading import start_reading
 from drt.evaluation.windows import Excerpt, Window
 from drt.loss import losses_of_logits
 
@@ -43,12 +43,9 @@ def window_nats(
         beyond_limit: as in `start_reading`.
         on_tokens: called with the number of tokens that were read.
 
-    Raises:
-        ValueError: a window is longer than the model's positions.
+    Windows are no longer than the model's positions, which the caller has checked.
     """
     found = []
-    for length in {window.num_tokens for window in windows}:
-        check_length(model, length, beyond_limit=beyond_limit)
     for batch in _batches(windows, batch_tokens):
         ids = _token_ids(split, batch).to(model.device)
         scored = batch[0].num_scored

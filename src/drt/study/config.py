@@ -143,7 +143,7 @@ class StudyConfig:
         """By name, the measurements as they are made of a row; none of a pretrained run."""
         changed = self.exceptions.get(row, {})
         return {
-            name: replace(made, settings=made.settings | changed.get(name, {}))
+            name: replace(made, settings=overlay(made.settings, changed.get(name, {})))
             for name, made in self.measurements.items()
             if row in self.rows
         }

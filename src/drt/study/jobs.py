@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import PartialState
 
-from drt.architectures import check_fields
+from drt.architectures import DEFAULT_TYPE, check_fields
 from drt.checkpoints import load_checkpoint
 from drt.evaluation.flops import count_flops
 from drt.evaluation.tasks import make_task
@@ -25,7 +25,7 @@ from drt.memory.files import write_whole
 from drt.run_config import CONFIG_FILE, FINAL_FOLDER, RunConfig, load_config, read_mapping
 from drt.study.config import Measurement, StudyConfig, run_config, run_folder
 from drt.training import train
-from drt.training.folder import METRICS_FILE, is_finished, training_seconds
+from drt.training.folder import METRICS_FILE, differences, is_finished, training_seconds
 from drt.training.materials import check_data
 
 RESULTS_FILE = "results.json"
@@ -86,6 +86,7 @@ def check_jobs(study: StudyConfig, folder: Path) -> None:
         ImportError: a measurement needs a library that is not installed.
     """
     base = read_mapping(Path(study.base))
+    _check_same_tokens(study)
     checked: list[Any] = []
     for row in study.trained:
         for measurement in study.measurements_of(row).values():
@@ -94,8 +95,7 @@ def check_jobs(study: StudyConfig, folder: Path) -> None:
                 checked.append(measurement)
         try:
             config = run_config(study, base, row, study.seeds[0], folder)
-            if config.initial is None:
-                check_fields(config.model)
+            check_fields(config.model, default=_kind(study, base, row))
             # Rows of a study mostly share their data.
             data = (config.text, config.summaries, config.training, config.tokenizer)
             if data not in checked:
@@ -105,6 +105,29 @@ def check_jobs(study: StudyConfig, folder: Path) -> None:
             raise ValueError(f"row {row!r}: {error}") from error
     for job in plan_jobs(study):
         check_configuration(study, base, job, folder)
+
+
+def _kind(study: StudyConfig, base: dict[str, Any], row: str) -> str:
+    """The kind of model that a row is of, where it does not say: that of the row it begins with."""
+    source = study.initial_row(row)
+    if source is None:
+        return DEFAULT_TYPE
+    given = run_config(study, base, source, study.seeds[0], Path()).model.get("model_type")
+    return given or _kind(study, base, source)
+
+
+def _check_same_tokens(study: StudyConfig) -> None:
+    """Refuse perplexities of rows beside each other that are of other tokens."""
+    for name, made in study.measurements.items():
+        first: dict[str, Any] = {}
+        for row in study.rows if made.task == "perplexity" else ():
+            task: Any = make_task(made.task, study.measurements_of(row)[name].settings)
+            first = first or task.scored
+            if task.scored != first:
+                raise ValueError(
+                    f"{name!r} scores other tokens of row {row!r}, {task.scored}, than of the "
+                    f"first row, {first}"
+                )
 
 
 def _check_measurement(measurement: Measurement) -> None:
@@ -118,7 +141,7 @@ def check_configuration(
 ) -> RunConfig:
     """The configuration of a run, which must be that with which it was begun, if it was.
 
-    The folder that all runs are kept in may have moved since, and `evaluation` is not looked at.
+    What may differ is said in `differences`.
 
     Raises:
         ValueError: it was begun with another one; some differences are named.
@@ -127,35 +150,13 @@ def check_configuration(
     file = Path(config.output_dir) / CONFIG_FILE
     if not file.is_file():
         return config
-    before, now = _comparable(load_config(file)), _comparable(config)
-    other = [
-        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
-        for key in sorted({*before, *now})
-        if before.get(key) != now.get(key)
-    ]
+    other = differences(load_config(file), config)
     if other:
         raise ValueError(
             f"row {job.row!r}, seed {job.seed}, was trained with another configuration: "
             f"{'; '.join(other[:3])}. Remove {file.parent}, or give the row another name"
         )
     return config
-
-
-def _comparable(config: RunConfig) -> dict[str, Any]:
-    """What a run follows from, key by key: all but where it is kept and what is asked of it."""
-    found = asdict(config)
-    # Another number of processes takes other micro-batches for the same steps.
-    del found["evaluation"], found["output_dir"], found["training"]["num_micro_batches"]
-    if config.initial is not None:
-        found["initial"] = Path(config.initial).parts[-2:]
-    return _flat(found)
-
-
-def _flat(mapping: dict[str, Any], where: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in mapping.items():
-        flat |= _flat(value, f"{where}{key}.") if isinstance(value, dict) else {where + key: value}
-    return flat
 
 
 def is_done(study: StudyConfig, job: Job, folder: Path) -> bool:

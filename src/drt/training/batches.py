@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from drt.configuration import DRTConfig
 from drt.data import Corpus, batch
 from drt.data.prepared import TokenRows
 from drt.data.summary_batches import SummaryBatches
 from drt.loss import IGNORED
-from drt.run_config import RunConfig
+from drt.run_config import RunConfig, check_row_lengths
 from drt.training.curriculum import Curriculum
 
 Batch = dict[str, Tensor]
@@ -67,11 +66,23 @@ class NeedleSteps:
     """Needle rows of the curriculum's stage; a function of (seed, step, stage).
 
     loss = answer + first_token_weight * first + text_loss_weight * text, each a mean over the step.
+
+    Args:
+        config: the run.
+        corpus: the haystack.
+        curriculum: says which stage it is.
+        chunk_size: questions end at multiples of so many tokens.
+
+    Raises:
+        ValueError: a stage's rows are not a multiple of `chunk_size` long.
     """
 
-    def __init__(self, config: RunConfig, corpus: Corpus, curriculum: Curriculum) -> None:
+    def __init__(
+        self, config: RunConfig, corpus: Corpus, curriculum: Curriculum, *, chunk_size: int
+    ) -> None:
+        check_row_lengths(config.row_lengths, chunk_size)
         self.config, self.corpus, self.curriculum = config, corpus, curriculum
-        self.chunk_size = config.model.get("chunk_size", DRTConfig.chunk_size)
+        self.chunk_size = chunk_size
 
     def rows(self, step: int) -> Batch:
         """All rows of a step."""
@@ -120,10 +131,14 @@ class SummarySteps:
 
     def rows(self, step: int) -> Batch:
         """All rows of a step."""
-        made = dict(self.data[step])
-        if not self.closes_prompts:
-            del made["chunk_ends"]
+        made = self.adapted(self.data[step])
         return {**made, "token_weights": share(predicted(made["labels"]))}
+
+    def adapted(self, made: Batch) -> Batch:
+        """A row, or several, as the model reads it: with the ends of prompts, or without."""
+        return {
+            name: each for name, each in made.items() if name != "chunk_ends" or self.closes_prompts
+        }
 
 
 def needle_masks(answer_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

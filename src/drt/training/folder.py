@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from drt.run_config import CONFIG_FILE, FINAL_FOLDER, RunConfig, load_config
 
@@ -38,14 +39,43 @@ def check_folder(folder: Path, config: RunConfig, *, resume: bool, overwrite: bo
 def check_same_run(folder: Path, config: RunConfig) -> None:
     """Refuse to go on with a run that was trained with another configuration.
 
-    What it is asked afterwards, its `evaluation`, may differ. So may its micro-batches, with which
-    another number of processes makes as many parts of a step.
+    Raises:
+        ValueError: it is another; some differences are named.
     """
     file = folder / CONFIG_FILE
-    found = load_config(file)
-    training = replace(found.training, num_micro_batches=config.training.num_micro_batches)
-    if replace(found, evaluation=config.evaluation, training=training) != config:
+    other = differences(load_config(file), config)
+    if other:
         raise ValueError(
-            f"the run in {folder} has another configuration, see {file}: "
+            f"the run in {folder} has another configuration ({'; '.join(other[:3])}), see {file}: "
             "overwrite it or choose another folder"
         )
+
+
+def differences(before: RunConfig, now: RunConfig) -> list[str]:
+    """Where two runs differ in what they are trained with: "key was .. and is ..", by key.
+
+    Where they are kept may differ, and what they are asked afterwards, their `evaluation`; so may
+    their micro-batches, with which another number of processes makes as many parts of a step. Runs
+    to begin with are the same ones by their last two names: the folder of a study may have moved.
+    """
+    old, new = _trained_with(before), _trained_with(now)
+    return [
+        f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
+        for key in sorted({*old, *new})
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _trained_with(config: RunConfig) -> dict[str, Any]:
+    found = asdict(config)
+    del found["evaluation"], found["output_dir"], found["training"]["num_micro_batches"]
+    if config.initial is not None:
+        found["initial"] = "/".join(Path(config.initial).parts[-2:])
+    return _flat(found)
+
+
+def _flat(mapping: dict[str, Any], where: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        flat |= _flat(value, f"{where}{key}.") if isinstance(value, dict) else {where + key: value}
+    return flat

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from drt.architectures import attach_tokenizer, make_config, make_model
 from drt.checkpoints import Checkpoint, load_checkpoint
+from drt.configuration import DRTConfig
 from drt.data import Corpus, load_corpus, load_tokenizer
 from drt.data.prepared import TokenRows
 from drt.data.prepared.corpora import TOKENIZER_FOLDER
@@ -64,7 +65,8 @@ def make_materials(config: RunConfig, corpus: Corpus | None = None) -> Materials
     else:
         curriculum = Curriculum(config.stages)
         corpus = corpus or load_corpus(config.corpus, tokenizer)
-        source = NeedleSteps(config, corpus, curriculum)
+        chunk_size = config.chunk_size or getattr(model_config, "chunk_size", DRTConfig.chunk_size)
+        source = NeedleSteps(config, corpus, curriculum, chunk_size=chunk_size)
     model = make_model(model_config, seed=config.seed, initial=initial.model if initial else None)
     attach_tokenizer(model, tokenizer)
     if config.text is not None:
@@ -122,7 +124,10 @@ def _text(
     if not config.training.evaluate_every:
         return steps, ()
     held_out = TokenRows(
-        folder / text.validation_split, length=text.length, documents=text.documents
+        folder / text.validation_split,
+        length=text.length,
+        documents=text.documents,
+        tokenizer=tokenizer,
     )
     if len(held_out) < text.validation_rows:
         raise ValueError(
@@ -150,7 +155,7 @@ def _summaries(
         replace(data, split=data.validation_split), tokenizer, num_steps=1, batch_size=1
     )
     count = min(data.validation_rows, len(held_out.examples))
-    return steps, [held_out.row(index) for index in range(count)]
+    return steps, [steps.adapted(held_out.row(index)) for index in range(count)]
 
 
 def _check_documents(model: PreTrainedModel, text: TextData) -> None:

@@ -22,13 +22,16 @@ class RetrievalMetrics:
     - entropy: of the weights, nats, up to ln K;
     - top_weight: the largest weight;
     - distance: chunks back, weighted;
-    - dead_chunks: of the chunks that some of them might have retrieved, the share that none did.
+    - dead_chunks: of the chunks that some of them might have retrieved, the share that none did;
+      only where all earlier chunks may be retrieved.
 
     Args:
         num_groups: retrieval groups of the model; 0 where nothing is retrieved.
+        retrieves_all: whether chunks inside the window may be retrieved too.
     """
 
-    def __init__(self, num_groups: int) -> None:
+    def __init__(self, num_groups: int, *, retrieves_all: bool = True) -> None:
+        self.retrieves_all = retrieves_all
         # Sums over landmarks and their number; dead chunks and the number of candidates.
         self._sums = torch.zeros(num_groups, len(OF_LANDMARKS) + 3, dtype=torch.float64)
 
@@ -52,7 +55,8 @@ class RetrievalMetrics:
             if landmarks:
                 for name, total in zip(OF_LANDMARKS, sums, strict=True):
                     means[f"retrieval_{name}_{group}"] = round(total / landmarks, 4)
-                means[f"retrieval_dead_chunks_{group}"] = round(dead / candidates, 4)
+                if self.retrieves_all:
+                    means[f"retrieval_dead_chunks_{group}"] = round(dead / candidates, 4)
         return means
 
 

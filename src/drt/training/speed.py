@@ -42,39 +42,40 @@ class SpeedMeter:
     """Speed of the steps since it was last asked; what lies between steps can be left out.
 
     Args:
-        tokens_per_step: content tokens of a step, over all processes.
         num_devices: how many devices share a step.
         device: one of them.
-        flops_of_row: operations of a row of a length, None = not known; asked once a length.
+        flops_of_row: operations of a row of a length, None = not known; asked once a length, which
+            is rounded up by at most an eighth where rows may have any.
         peak: 10^12 operations a second that a device can do; None = not known, and there is no MFU.
     """
 
     def __init__(
         self,
         *,
-        tokens_per_step: int,
         num_devices: int,
         device: torch.device,
         flops_of_row: Callable[[int], int | None],
         peak: float | None,
     ) -> None:
-        self.tokens_per_step, self.num_devices = tokens_per_step, num_devices
-        self.device, self.peak, self.flops_of_row = device, peak, flops_of_row
+        self.num_devices, self.device = num_devices, device
+        self.peak, self.flops_of_row = peak, flops_of_row
         self._counted: dict[int, int | None] = {}
         self._began, self._left_out = math.nan, 0.0
-        self._lengths: list[int] = []
+        # Rows and their length of each step.
+        self._steps: list[tuple[int, int]] = []
 
     def begin(self) -> None:
         """Start the clock, if it does not run."""
         if math.isnan(self._began):
             self._began = time.perf_counter()
 
-    def step(self, length: int) -> None:
-        """A step on rows of this length is done."""
-        self._lengths.append(length)
-        if length not in self._counted:
+    def step(self, num_rows: int, length: int) -> None:
+        """A step on so many rows of this length, over all processes, is done."""
+        self._steps.append((num_rows, length))
+        counted = _counted_length(length)
+        if counted not in self._counted:
             with self.pause():
-                self._counted[length] = self.flops_of_row(length)
+                self._counted[counted] = self.flops_of_row(counted)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -97,12 +98,13 @@ class SpeedMeter:
         """
         self._wait()
         seconds = time.perf_counter() - self._began - self._left_out
-        lengths = self._lengths
-        self._began, self._left_out, self._lengths = time.perf_counter(), 0.0, []
-        if not lengths:
+        steps = self._steps
+        self._began, self._left_out, self._steps = time.perf_counter(), 0.0, []
+        if not steps:
             return {}
-        speed = {"tokens_per_second": round(len(lengths) * self.tokens_per_step / seconds, 1)}
-        rows = [(self._counted[length], self.tokens_per_step / length) for length in lengths]
+        tokens = sum(num_rows * length for num_rows, length in steps)
+        speed = {"tokens_per_second": round(tokens / seconds, 1)}
+        rows = [(self._counted[_counted_length(length)], count) for count, length in steps]
         flops = [each * count for each, count in rows if each is not None]
         if len(flops) < len(rows):
             return speed
@@ -113,13 +115,18 @@ class SpeedMeter:
         return speed
 
 
+def _counted_length(length: int) -> int:
+    """Rounded up to three binary digits behind the first: powers of two stay what they are."""
+    step = 1 << max(length.bit_length() - 4, 0)
+    return -(-length // step) * step
+
+
 def speed_meter(config: RunConfig, model: PreTrainedModel, args: TrainingArguments) -> SpeedMeter:
     """The meter of a run, which the Trainer is told of in `args`."""
-    training, peak = config.training, config.training.peak_tflops
+    peak = config.training.peak_tflops
     if peak is None and args.device.type == "cuda" and uses_bfloat16(config.precision):
         peak = peak_tflops(torch.cuda.get_device_name(args.device))
     return SpeedMeter(
-        tokens_per_step=training.tokens_per_step,
         num_devices=args.world_size,
         device=args.device,
         # Only the first process says how fast it is.

@@ -50,7 +50,10 @@ class RunTrainer(Trainer):
         self._accepts = set(inspect.signature(model.forward).parameters)
         self._sums = torch.zeros(len(NEEDLE_LOSSES), 2, dtype=torch.float64)
         self._of_step = torch.zeros(2, dtype=torch.float64)
-        self._retrieval = RetrievalMetrics(len(getattr(model.config, "retrieval_groups", ())))
+        self._retrieval = RetrievalMetrics(
+            len(getattr(model.config, "retrieval_groups", ())),
+            retrieves_all=not getattr(model.config, "exclude_window_chunks", False),
+        )
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         return torch.ones((), device=device)
@@ -71,7 +74,9 @@ class RunTrainer(Trainer):
         if getattr(outputs, "retrievals", None):
             self._retrieval.add(outputs.retrievals)
         if self._ends_step(inputs):
-            self.speed.step(inputs["input_ids"].shape[1])
+            rows, length = inputs["input_ids"].shape
+            parts = self.args.gradient_accumulation_steps * self.accelerator.num_processes
+            self.speed.step(rows * parts, length)
         # Gradients are averaged over the processes.
         loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -52,6 +53,11 @@ def test_the_splits_of_a_dataset_are_prepared(
     ]
     assert found == [("A", b"one"), ("2", b"two")]
     assert PreparedSplit(tmp_path / "dev").num_documents == 1
+    # As many rows of as many columns, but other ones.
+    for other in ({"hub_subset": "large"}, {"hub_revision": "v2"}):
+        changed = replace(config, **other)
+        with pytest.raises(ValueError, match="holds another corpus: its source is"):
+            prepare(changed, bytes_tokenizer, find_sources(changed, []), tmp_path)
 
 
 def test_reading_begins_at_any_row() -> None:

@@ -258,6 +258,9 @@ def test_another_corpus_is_not_overwritten(
         run(bytes_tokenizer, corpus, out)
     with pytest.raises(ValueError, match="train is not empty and holds no prepared tokens"):
         run(bytes_tokenizer, corpus, corpus)
+    # A split of its own, but of the same corpus.
+    with pytest.raises(ValueError, match=r"tokenizer holds another tokenizer, of fingerprint"):
+        run(bpe_tokenizer, corpus / "train", out, config=CorpusConfig(split="more"))
     assert content(out) == before
 
 

@@ -63,6 +63,21 @@ def test_a_last_shard_without_text(
     verify_split(split.folder)
 
 
+def test_few_files_are_held_open_at_a_time(
+    split: PreparedSplit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = split.tokens(0, split.num_tokens).tolist()
+    monkeypatch.setattr("drt.data.prepared.split._MAX_MAPPED", 2)
+    held = PreparedSplit(split.folder)
+    assert len(held.manifest.shards) > 2
+    for _ in range(2):
+        assert held.tokens(0, held.num_tokens).tolist() == wanted
+        assert held.document_ids(0, held.num_tokens).tolist() == sorted(
+            np.repeat(np.arange(held.num_documents), held.document_lengths())
+        )
+    assert len(held._tokens) == len(held._documents) == 2
+
+
 def test_maps_are_not_sent_to_other_processes(split: PreparedSplit) -> None:
     before = len(pickle.dumps(split))
     wanted = split.tokens(0, split.num_tokens).tolist()

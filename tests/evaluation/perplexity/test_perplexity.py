@@ -214,6 +214,29 @@ def test_two_models_on_the_same_tokens(make_split: Prepare, bigram: Bigram) -> N
     longer = evaluate(split, bigram, mode="sliding", lengths=[16, 64])
     with pytest.raises(ValueError, match="16 and 16 score other tokens"):
         paired_difference(a, longer)
+    # Told of the longer one, a model that is read at fewer lengths scores the same tokens.
+    fewer = evaluate(split, better, mode="sliding", lengths=[16], longest_length=64, stride=8)
+    (pair,) = paired_difference(fewer, longer)
+    assert pair["label"] == "16"
+    assert 0 < pair["ratio"] < 1
+
+
+def test_nothing_is_read_before_all_lengths_are_seen_to_fit(
+    make_split: Prepare, llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = make_split(["x" * 600, "y" * 30])
+
+    def read(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model was run")
+
+    monkeypatch.setattr(llama, "forward", read)
+    for settings in (
+        {"lengths": [16, 600]},
+        {"mode": "sliding", "lengths": [16, 600]},
+        {"mode": "book"},
+    ):
+        with pytest.raises(ValueError, match=r"has 512 positions .* 600 tokens need more"):
+            evaluate(split, llama, **settings)
 
 
 def test_a_table_of_models(make_split: Prepare, bigram: Bigram) -> None:
@@ -265,6 +288,8 @@ def test_errors(
         ({"stride": 8}, "stride is of sliding windows, mode is segmented"),
         ({"mode": "sliding", "stride": 64, "lengths": [64]}, "stride is 64: it must be below"),
         ({"mode": "sliding", "max_tokens": 64}, "set max_targets"),
+        ({"longest_length": 2048}, "longest_length is of sliding windows, mode is segmented"),
+        ({"mode": "sliding", "longest_length": 512}, "at least the longest of lengths, 1024"),
         ({"mode": "book", "first_bucket": 1}, "first_bucket must be at least 2"),
         ({"mode": "chapter"}, "mode must be one of"),
     ):

@@ -14,7 +14,7 @@ from drt.data.prepared.format import Manifest, Plan
 from drt.data.prepared.hub import HubSource, load_hub_splits
 from drt.data.prepared.sources import FileSource, Source, find_splits, hold_out
 from drt.data.prepared.writing import Progress, check_folder, prepare_split
-from drt.data.tokenization import tokenizer_fingerprint
+from drt.data.tokenization import load_tokenizer, tokenizer_fingerprint
 
 SHARD_TOKENS = 1 << 27
 """Tokens of a shard: 256 MiB where two bytes hold a token."""
@@ -92,13 +92,17 @@ def _file_sources(config: CorpusConfig, paths: list[Path]) -> dict[str, Source]:
 
 def _hub_sources(config: CorpusConfig) -> dict[str, Source]:
     assert config.hub is not None
-    splits = load_hub_splits(
-        config.hub,
-        subset=config.hub_subset,
-        revision=config.hub_revision,
-        data_files=config.hub_files,
-    )
-    fields: Any = {"text_field": config.text_field, "name_field": config.name_field}
+    chosen: Any = {
+        "subset": config.hub_subset,
+        "revision": config.hub_revision,
+        "data_files": config.hub_files,
+    }
+    splits = load_hub_splits(config.hub, **chosen)
+    fields: Any = {
+        "chosen": chosen,
+        "text_field": config.text_field,
+        "name_field": config.name_field,
+    }
     return {split: HubSource(rows, config.hub, **fields) for split, rows in splits.items()}
 
 
@@ -149,7 +153,8 @@ def prepare(
         The manifest of each split.
 
     Raises:
-        ValueError: a folder holds another corpus, a text cannot be read, or `num_processes` is 0.
+        ValueError: a folder holds another corpus or another tokenizer's, a text cannot be read, or
+            `num_processes` is 0.
         OSError: writing failed; what was whole is kept.
     """
     if num_processes < 1:
@@ -159,7 +164,7 @@ def prepare(
     }
     for split, plan in plans.items():
         check_folder(Path(out) / split, plan)
-    _save_tokenizer(tokenizer, Path(out) / TOKENIZER_FOLDER)
+    _keep_tokenizer(tokenizer, Path(out) / TOKENIZER_FOLDER)
     manifests = {}
     for split, source in sources.items():
 
@@ -178,9 +183,19 @@ def prepare(
     return manifests
 
 
-def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save a tokenizer: its folder is there in full or not at all."""
+def _keep_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a tokenizer, which its folder holds in full or not at all; refuse if it holds another.
+
+    One that is there is of the corpus's other splits.
+    """
     if folder.exists():
+        there = tokenizer_fingerprint(load_tokenizer(str(folder)))
+        given = tokenizer_fingerprint(tokenizer)
+        if there != given:
+            raise ValueError(
+                f"{folder} holds another tokenizer, of fingerprint {there}, not {given}: all "
+                "splits of a corpus have the same one"
+            )
         return
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from drt.data.prepared.format import Position
@@ -16,6 +16,7 @@ class HubSource:
     Args:
         rows: the split, as `datasets.load_dataset` returns it.
         name: the dataset's name.
+        chosen: what else chose the rows: subset, revision, files.
         text_field: the column that holds the text.
         name_field: the column that names the document; without it, or where it is null, the row's
             number does.
@@ -27,18 +28,24 @@ class HubSource:
     unit = "rows"
 
     def __init__(
-        self, rows: Any, name: str, *, text_field: str = "text", name_field: str | None = None
+        self,
+        rows: Any,
+        name: str,
+        *,
+        chosen: Mapping[str, Any] | None = None,
+        text_field: str = "text",
+        name_field: str | None = None,
     ) -> None:
         if text_field not in rows.column_names:
             raise ValueError(f"{name} has no column {text_field!r}; it has {rows.column_names}")
         self.size, self.done = len(rows), 0
-        self._rows, self._name = rows, name
+        self._rows, self._name, self._chosen = rows, name, dict(chosen or {})
         self._text_field, self._name_field = text_field, name_field
 
     def describe(self) -> dict[str, Any]:
-        """The dataset's name, how many rows it has, and which columns are read."""
+        """Which dataset, how many rows it has, and which columns are read."""
         names = {"text_field": self._text_field, "name_field": self._name_field}
-        return {"kind": "hub", "name": self._name, "num_rows": self.size, **names}
+        return {"kind": "hub", "name": self._name, **self._chosen, "num_rows": self.size, **names}
 
     def read(self, start: Position = START) -> Iterator[Piece]:
         """The pieces of all documents from a place on."""

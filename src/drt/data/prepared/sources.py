@@ -94,11 +94,11 @@ class FileSource:
 
     def read(self, start: Position = START) -> Iterator[Piece]:
         """The pieces of all documents from a place on."""
-        before = [path.stat().st_size for _, path in self.files]
+        before = 0
         for number, (name, path) in enumerate(self.files):
+            self.done, before = before, before + path.stat().st_size
             if number < start.file:
                 continue
-            self.done = sum(before[:number])
             if path.name.removesuffix(XZ_SUFFIX).endswith(ROWS_SUFFIX):
                 skipped = start.row if number == start.file else 0
                 yield from self._rows(name, path, number, skipped)

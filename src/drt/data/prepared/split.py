@@ -20,6 +20,10 @@ from drt.data.prepared.format import (
 )
 from drt.data.tokenization import tokenizer_fingerprint
 
+_MAX_MAPPED = 64
+"""Shards that a split keeps mapped at a time: each mapping holds a file open, and processes may not
+open a thousand."""
+
 
 class PreparedDocument(NamedTuple):
     """A document of a prepared split."""
@@ -97,7 +101,7 @@ class PreparedSplit:
             if mapped is None:
                 path = self.folder / shard_files(shard).tokens
                 dtype = self.manifest.plan.dtype
-                mapped = self._tokens[shard] = np.memmap(path, dtype=dtype, mode="r")
+                mapped = _keep(self._tokens, shard, np.memmap(path, dtype=dtype, mode="r"))
             parts.append(mapped[max(start, first) - first : min(stop, last) - first])
         if len(parts) == 1:
             return parts[0]
@@ -143,7 +147,7 @@ class PreparedSplit:
         """What documents.<n>.npy holds, (3, documents)."""
         measures = self._documents.get(shard)
         if measures is None:
-            measures = self._documents[shard] = load_documents(self.folder, shard)
+            measures = _keep(self._documents, shard, load_documents(self.folder, shard))
         return measures
 
     def _shard_names(self, shard: int) -> list[str]:
@@ -159,6 +163,14 @@ class PreparedSplit:
                 f"{self.folder} was prepared with another tokenizer: "
                 f"its fingerprint is {made}, not {given}"
             )
+
+
+def _keep(kept: dict[int, np.ndarray], shard: int, mapped: np.ndarray) -> np.ndarray:
+    """Keep a shard's mapping; the oldest of too many goes."""
+    if len(kept) >= _MAX_MAPPED:
+        del kept[next(iter(kept))]
+    kept[shard] = mapped
+    return mapped
 
 
 def load_documents(folder: Path, shard: int) -> np.ndarray:

@@ -217,19 +217,21 @@ def _write_shards(
     """Yield the manifest anew with each shard that is whole."""
     plan = manifest.plan
     pieces = source.read(manifest.shards[-1].next if manifest.shards else START)
-    writer = ShardWriter(folder, len(manifest.shards), plan, manifest.total("tokens"))
+    # Not summed anew with each piece: there may be thousands of shards.
+    documents, tokens = manifest.total("documents"), manifest.total("tokens")
+    writer = ShardWriter(folder, len(manifest.shards), plan, tokens)
     try:
         for piece, encoded in encode_pieces(pieces, encoding, num_processes=num_processes):
             writer.add(piece, encoded)
             if on_progress is not None:
-                documents = manifest.total("documents") + writer.documents
-                tokens = manifest.total("tokens") + writer.tokens
-                on_progress(Progress(plan.split, documents, tokens))
+                done = documents + writer.documents, tokens + writer.tokens
+                on_progress(Progress(plan.split, *done))
             if piece.is_last and writer.tokens >= plan.shard_tokens:
                 manifest = replace(manifest, shards=(*manifest.shards, writer.finish()))
                 yield manifest
                 writer.close()
-                writer = ShardWriter(folder, len(manifest.shards), plan, manifest.total("tokens"))
+                documents, tokens = manifest.total("documents"), manifest.total("tokens")
+                writer = ShardWriter(folder, len(manifest.shards), plan, tokens)
         if writer.documents or writer.empty_documents:
             yield replace(manifest, shards=(*manifest.shards, writer.finish()))
     finally:
