@@ -9,7 +9,7 @@ them that model with two more layers, and ours with the operator's reference in 
 The paper (arXiv 2410.01651) counts 1.22 and 1.24 with its kernel, 1.45 without it, and 1.15 for two
 layers more.
 
-Length: prefill and decoding of a 345M model from 8K to 1M tokens, its memory on the device and in
+Length: prefill and decoding of a 351M model from 8K to 1M tokens, its memory on the device and in
 host memory, with the decoding graph and with ordinary steps, beside transformers' Llama (full
 attention) of as many parameters with its DynamicCache. Weights and texts are random.
 

@@ -43,9 +43,11 @@ def test_models_side_by_side(models: dict[str, str], tmp_path: Path, capsys: Any
     assert rows == [
         ["d", "single", "exact", "@0.5"],
         ["d", "single", "95", "%"],
+        ["d", "single", "questions", "2"],
         ["d", "single", "recall@K", "@0.5"],
         ["l", "single", "exact", "@0.5"],
         ["l", "single", "95", "%"],
+        ["l", "single", "questions", "2"],
     ]
     content = json.loads(file.read_text())
     assert "torch" in content["hardware"]

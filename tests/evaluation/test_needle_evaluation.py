@@ -143,14 +143,16 @@ def test_the_table_has_rows_for_each_model() -> None:
     }
     lines = [line.split() for line in NeedleEvaluationTask.table(records).splitlines()]
     assert lines[0] == ["model", "task", "figure", "128", "2,048"]
-    assert lines[2:7] == [
+    assert lines[2:9] == [
         ["a", "multi", "exact", "match", "0.500", "0.250"],
         ["a", "multi", "95", "%", "0.375-0.625", "0.125-0.375"],
+        ["a", "multi", "questions", "8", "8"],
         ["a", "multi", "recall@K", "0.750", "1.000"],
         ["longer-than-ten", "multi", "exact", "match", "0.500", "-"],
         ["longer-than-ten", "multi", "95", "%", "0.375-0.625", "-"],
+        ["longer-than-ten", "multi", "questions", "8", "-"],
     ]
-    notes = [" ".join(line) for line in lines[7:]]
+    notes = [" ".join(line) for line in lines[9:]]
     assert notes == [
         "note: the models have different tokenizers, so their tokens are not the same text",
         "note: longer-than-ten was made for 64 tokens and went on beyond",

@@ -51,7 +51,7 @@ def _add_prepare(actions: Any) -> None:
         help='text file, folder, .jsonl with a "text" field, each also .xz',
     )
     action.add_argument("--out", type=Path, required=True, help="folder of the corpus")
-    action.add_argument("--processes", type=int, help="that tokenize [one a core]")
+    action.add_argument("--processes", type=int, help="that tokenize [one a core, 1 for bytes]")
     # Each changes the preset's field of its name, and only where it is given.
     unset: dict[str, Any] = {"default": argparse.SUPPRESS}
     action.add_argument("--tokenizer", help='"bytes", a folder, or a name on the hub', **unset)

@@ -13,7 +13,7 @@ NAME = "study"
 HELP = "Train and measure all models of a table, and write its page."
 EPILOG = (
     "A study that was stopped goes on where it was when the same command is given again. "
-    "Example: drt study perplexity-1m corpus=data/pg19 --workers 2"
+    "Example: drt study perplexity-1m corpus=data/pg19-bytes --workers 2"
 )
 
 
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, help="folder of the runs; one in runs/studies")
     parser.add_argument("--page", type=Path, help="the page that is written; docs/results/NAME.md")
     parser.add_argument(
-        "--workers", type=int, default=1, help="runs at a time, one thread each if several"
+        "--workers", type=int, default=1, help="runs at a time, which share the cores"
     )
     parser.add_argument(
         "--processes", type=int, default=1, help="processes that train one run, say one a GPU"
@@ -102,7 +102,8 @@ def _words(job: Any, folder: Path, options: argparse.Namespace) -> list[str]:
 
 def _command(options: argparse.Namespace) -> str:
     words = ["drt", "study", options.study, *options.overrides]
-    for name in ("workers", "processes"):
-        if getattr(options, name) > 1:
-            words += [f"--{name}", str(getattr(options, name))]
+    for name, default in (("output", None), ("page", None), ("workers", 1), ("processes", 1)):
+        value = getattr(options, name)
+        if value != default:
+            words += [f"--{name}", str(value)]
     return shlex.join(words)

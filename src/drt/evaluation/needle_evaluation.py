@@ -285,6 +285,7 @@ def _figures(scores: list[dict[str, Any]]) -> Iterable[tuple[str, dict[int, str]
         intervals = {n: row.get("exact_match_interval") for n, row in rows.items()}
         if any(intervals.values()):
             yield "  95 %", {n: f"{i[0]:.3f}-{i[1]:.3f}" for n, i in intervals.items() if i}
+        yield "  questions", {n: str(row["n"]) for n, row in rows.items()}
         recalls = {n: row["recall"] for n, row in rows.items() if row["recall"] is not None}
         if recalls:
             yield f"recall@K{at}", {n: f"{value:.3f}" for n, value in recalls.items()}

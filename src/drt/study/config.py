@@ -164,7 +164,8 @@ def load_study(path: Path, overrides: list[str]) -> StudyConfig:
     """Read a study.
 
     Args:
-        path: a YAML file; `extends` may name another, beside it, to change parts of.
+        path: a YAML file; `extends` may name another, beside it, to change parts of, or several, of
+            which later ones change parts of earlier ones.
         overrides: "name=value" of parameters, and "dotted.key=value" of anything else.
 
     Raises:
