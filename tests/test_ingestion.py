@@ -222,6 +222,106 @@ def test_questions_are_answered_with_passages(tmp_path: Path) -> None:
         ask(model, tokenizer, tmp_path / "memory", "")
 
 
+def test_a_question_to_a_memory_that_is_being_read_is_not_taken_for_what_follows(
+    tmp_path: Path,
+) -> None:
+    model, tokenizer = make_model(), byte_tokenizer()
+    (tmp_path / "a.txt").write_text("it rains and it rains. " * 20)
+    ingestion = Ingestion(model, tokenizer, tmp_path / "memory", segment_size=64)
+    ingestion.read(list_inputs([str(tmp_path / "a.txt")]))
+    # The log is ahead of the state, as between two commits.
+    chunks = ingestion.log.num_chunks
+    for _ in range(20):
+        ingestion.log.add_chunk(token=0, length=1, start=7, end=8, source=0)
+    ingestion.log.commit()
+    question = "where does it rain and when does it rain, and how does it rain? " * 3
+    reply = ask(model, tokenizer, tmp_path / "memory", question, max_new_tokens=1)
+    ingestion.close()
+    own = [passage for passage in reply.passages if passage.chunk >= chunks]
+    assert own
+    for passage in reply.passages:
+        assert (passage.source == "") == (passage.chunk >= chunks)
+        text = question if passage.chunk >= chunks else "it rains and it rains. " * 20
+        assert passage.text == text[passage.start : passage.end]
+
+
+@pytest.mark.parametrize("mended", [True, False])
+def test_a_text_that_cannot_be_read_is_left_out_or_mended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mended: bool
+) -> None:
+    monkeypatch.setattr(streaming, "PIECE_BYTES", 700)
+    inputs = list_inputs(make_texts(tmp_path / "texts"))
+    file = Path(inputs[1].name)
+    whole = "a line of text\n" * 200
+    file.write_bytes(whole.encode()[:2000] + b"\xff" + whole.encode()[2000:])
+    inputs = list_inputs([str(tmp_path / "texts")])
+
+    def open_memory() -> Ingestion:
+        return Ingestion(
+            make_model(), byte_tokenizer(), tmp_path / "m", segment_size=100, commit_seconds=0.0
+        )
+
+    for _ in range(3):
+        # Its beginning is read once, however often it is tried.
+        ingestion = open_memory()
+        with pytest.raises(ValueError, match=r"b\.txt is not UTF-8 text"):
+            ingestion.read(inputs)
+        assert ingestion.unread is None
+        ingestion.close()
+    log = PassageLog(tmp_path / "m")
+    assert [Path(name).name for name in log.sources()] == ["a.txt", "b.txt"]
+    last = log.passage(log.num_chunks - 1)
+    # Two pieces of whole lines: the byte is in the third.
+    assert (Path(last.source).name, last.end) == ("b.txt", 1380)
+    ingestion = open_memory()
+    if mended:
+        file.write_text(whole)
+        ingestion.read(list_inputs([str(tmp_path / "texts")]))
+    else:
+        ingestion.read([inputs[0], *inputs[2:]])
+    ingestion.close()
+    names = [Path(name).name.split(":")[0] for name in PassageLog(tmp_path / "m").sources()]
+    again = ["b.txt"] if mended else []
+    assert names == ["a.txt", "b.txt", *again, "c.txt", *["d.jsonl"] * 5]
+
+
+def test_what_was_looked_at_ahead_must_be_given_again(tmp_path: Path) -> None:
+    model, folder = make_model(), tmp_path / "texts"
+    folder.mkdir()
+    for name, size in (("a.txt", 300), ("b.txt", 5), ("c.txt", 400), ("d.txt", 400)):
+        (folder / name).write_text("so it goes on and on "[:size] * (size // 21 + 1))
+    inputs = list_inputs([str(folder)])
+    ingestion = Ingestion(
+        model, byte_tokenizer(), tmp_path / "m", segment_size=300, commit_seconds=0.0
+    )
+
+    def stop(progress: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ingestion.read(inputs, on_progress=stop)
+    ingestion.commit()
+    ahead = ingestion.notes.ahead
+    ingestion.close()
+    # The tokens that the upper layers see at the end of the first segment stand in these.
+    assert [Path(name).name for name in ahead] == ["b.txt", "c.txt"]
+    ingestion = Ingestion(model, byte_tokenizer(), tmp_path / "m", segment_size=300)
+    with pytest.raises(ValueError, match=r"has read part of .*c\.txt: give it again"):
+        ingestion.read([inputs[0], inputs[1], inputs[3]])
+    assert ingestion.remaining(inputs[::-1]) == inputs
+    ingestion.close()
+
+
+def test_a_folder_of_a_reading_that_died_at_once_can_be_used(tmp_path: Path) -> None:
+    folder = tmp_path / "memory"
+    folder.mkdir()
+    for name in ("lock", "state.partial", "manifest.json.new"):
+        (folder / name).write_text("123\n")
+    ingestion = Ingestion(make_model(), byte_tokenizer(), folder)
+    assert ingestion.read(list_inputs(make_texts(tmp_path / "texts"))) > 0
+    ingestion.close()
+
+
 def test_an_unfinished_input_must_be_given_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,6 +68,59 @@ def test_a_state_that_died_after_its_last_save_goes_on_from_there(tmp_path: Path
         assert again.counts == (12,)
 
 
+@torch.no_grad()
+def test_who_waits_for_the_folder_sees_what_was_written_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = make(), torch.randint(0, 61, (1, 200))
+    memory = DiskMemory.create(tmp_path, fingerprint={"model": model.fingerprint()})
+    state = model.new_state(memory=memory)
+    model(ids[:, :70], past_key_values=state)
+    model.save_state(state, tmp_path)
+    opened = DiskMemory.open
+
+    def finish_first(*args: Any, **kwargs: Any) -> DiskMemory:
+        # The other writer commits and goes after the newcomer has looked at the state.
+        if not memory._closed:
+            model(ids[:, 70:], past_key_values=state)
+            model.save_state(state, tmp_path)
+            memory.close()
+        return opened(*args, **kwargs)
+
+    monkeypatch.setattr(DiskMemory, "open", finish_first)
+    loaded, _ = model.load_state(tmp_path, writable=True)
+    assert loaded.num_tokens == [200]
+    assert loaded.memory.counts == (12,)
+    loaded.memory.close()
+
+
+@torch.no_grad()
+def test_a_folder_is_the_same_by_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = make(), torch.randint(0, 61, (1, 70))
+    folder = tmp_path / "memory"
+    memory = DiskMemory.create(folder, fingerprint={"model": model.fingerprint()})
+    state = model.new_state(memory=memory)
+    model(ids, past_key_values=state)
+    monkeypatch.chdir(tmp_path)
+    model.save_state(state, "memory")
+    memory.close()
+    assert model.load_state(folder)[0].num_tokens == [70]
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make()
+    # No chunk is full yet, so that the state is the first that is written.
+    state = model.new_state()
+    model(torch.zeros(1, 4, dtype=torch.int64), past_key_values=state)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("drt.saved_state.os.fsync", full)
+    with pytest.raises(OSError, match=r"cannot write: No space left.*state\.partial"):
+        model.save_state(state, tmp_path / "memory")
+
+
 def test_the_model_and_what_else_was_named_are_checked(tmp_path: Path) -> None:
     model, folder = make(), tmp_path / "memory"
     state = model.new_state()
@@ -99,9 +153,14 @@ def test_damage_is_named(tmp_path: Path) -> None:
         header = json.loads(opened.metadata()["drt"])
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     save_file(tensors, file, metadata={"drt": json.dumps({**header, "version": 99})})
-    with pytest.raises(MemoryFormatError, match=r"not a saved state of version 1.*version 99"):
+    with pytest.raises(MemoryFormatError, match=r"not a saved state of version 2.*version 99"):
         model.load_state(folder)
     header["cursor"]["chunks"] = 7
+    changed = dict(tensors)
+    changed["windows.0.keys"] = changed["windows.0.keys"] + 1
+    save_file(changed, file, metadata={"drt": json.dumps(header)})
+    with pytest.raises(MemoryFormatError, match="its tensors are not those that were saved"):
+        model.load_state(folder)
     save_file(tensors, file, metadata={"drt": json.dumps(header)})
     with pytest.raises(MemoryFormatError, match=r"holds 2 chunks.*goes with 7"):
         model.load_state(folder)

@@ -98,9 +98,15 @@ def ask(
     own = _QuestionChunks(cursor.chunks, size, cursor.opened, question, tokenizer)
     found: list[RetrievedPassage] = []
     with PassageLog(folder) as log:
+        # While somebody reads on, the log is ahead of the state: what it has more is not meant.
+        log.check_holds(
+            num_tokens=cursor.tokens,
+            num_chunks=cursor.chunks,
+            num_sources=Notes.of(notes).num_sources,
+        )
         for group, retrieval in enumerate(seen.retrievals or ()):
             for chunk, weight in _ranked(retrieval):
-                passage = log.passage(chunk) or own.passage(chunk)
+                passage = log.passage(chunk) if chunk < cursor.chunks else own.passage(chunk)
                 text = str(tokenizer.decode(passage.token_ids.tolist()))
                 where = passage.source, passage.start, passage.end
                 found.append(RetrievedPassage(group, chunk, weight, *where, text))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from drt import hardware
+from drt.checkpoints import load_drt
 from drt.data import Corpus, load_corpus, load_tokenizer
 from drt.data.tokenization import BYTES
 from drt.evaluation import comparison, figure, report
@@ -16,7 +17,7 @@ from drt.evaluation.inspection import inspect_question
 from drt.evaluation.memory import life_peak_rss
 from drt.modeling import DRTForCausalLM
 from drt.precision import autocast, uses_bfloat16
-from drt.run_config import CONFIG_FILE, FINAL_FOLDER
+from drt.run_config import CONFIG_FILE
 from drt.training import RunConfig, train
 from drt.training.folder import check_same_run, is_finished, training_seconds
 
@@ -83,8 +84,7 @@ def _trained(
     else:
         resume = not overwrite and (folder / CONFIG_FILE).is_file()
         train(config, resume=resume, overwrite=overwrite, title=f"train {name}", corpus=corpus)
-    model = DRTForCausalLM.from_pretrained(folder / FINAL_FOLDER)
-    return model, training_seconds(folder)
+    return load_drt(folder).model, training_seconds(folder)
 
 
 def _write(

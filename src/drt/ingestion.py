@@ -24,8 +24,11 @@ from drt.data.tokenization import encode_with_offsets, tokenizer_fingerprint
 from drt.memory import DiskMemory
 from drt.modeling import DRTForCausalLM
 from drt.passages import PassageLog
-from drt.saved_state import MANIFEST_FILE, STATE_FILE, load_state, save_state
+from drt.saved_state import MANIFEST_FILE, PARTIAL_FILE, STATE_FILE, load_state, save_state
 from drt.state import DRTState
+
+_BEGUN = {"lock", PARTIAL_FILE, f"{MANIFEST_FILE}.new"}
+"""What a memory may leave in its folder that died before its first state."""
 
 
 class Progress(NamedTuple):
@@ -61,6 +64,10 @@ class Notes:
     """Name and size of the inputs that have been read to their end."""
     place: Place | None = None
     """Where an unfinished reading goes on; None = all was read."""
+    unreadable: list[str] = field(default_factory=list)
+    """Inputs that could not be read to their end."""
+    ahead: list[str] = field(default_factory=list)
+    """The inputs that must follow that of the place, for the state to be exact in the end."""
     num_sources: int = 0
     """Texts begun."""
     source: str | None = None
@@ -96,6 +103,13 @@ class _Block(NamedTuple):
             _Block(self.ids[:count], self.ends[:count], self.place, False),
             _Block(self.ids[count:], self.ends[count:], place, self.closes),
         )
+
+
+class _Unreadable(NamedTuple):
+    """Why an input cannot be read on."""
+
+    item: TextInput
+    error: ValueError
 
 
 class Ingestion:
@@ -156,7 +170,7 @@ class Ingestion:
                 dtype=dtype,
             )
             return state, Notes.of(notes)
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and any(file.name not in _BEGUN for file in folder.iterdir()):
             raise ValueError(f"{folder} is not empty and holds no memory")
         memory = DiskMemory.create(folder, fingerprint=self.fingerprint, dtype=dtype)
         state, notes = self.model.new_state(memory=memory), Notes()
@@ -173,7 +187,8 @@ class Ingestion:
         """Which of the inputs are still to be read, the unfinished one first.
 
         Raises:
-            ValueError: an input has changed since, or the unfinished one is not among them.
+            ValueError: an input has changed since, or the unfinished one is not among them, or one
+            that the unfinished reading had begun to look at behind it.
         """
         place = self.notes.place
         known = dict(self.notes.finished)
@@ -188,10 +203,12 @@ class Ingestion:
         left = [item for item in inputs if item.name not in self.notes.finished]
         if place is None:
             return left
-        first = [item for item in left if item.name == place.input]
-        if not first:
-            raise ValueError(f"{self.folder} has read part of {place.input}: give it again")
-        return first + [item for item in left if item.name != place.input]
+        # In this order: the state is exact when what was looked at ahead has been read.
+        begun = {name: index for index, name in enumerate((place.input, *self.notes.ahead))}
+        missing = [name for name in begun if name not in {item.name for item in left}]
+        if missing:
+            raise ValueError(f"{self.folder} has read part of {', '.join(missing)}: give it again")
+        return sorted(left, key=lambda item: begun.get(item.name, len(begun)))
 
     @torch.no_grad()
     def read(
@@ -210,38 +227,70 @@ class Ingestion:
             The tokens read.
 
         Raises:
-            ValueError: as `remaining`, or a text that cannot be read.
+            ValueError: as `remaining`, or a text that cannot be read: what came before it stays,
+                as a text that ends there, and the input counts as not given.
             OSError: the disk is full or fails; what was committed stands.
         """
         meter = _Meter(on_progress)
         left = self.remaining(inputs)
+        self._check_mended(left)
+        open_inputs = deque(left)
         waiting: deque[_Block] = deque()
         # `reach` tokens wait, at least one, so that there is always a place to go on from.
         held, reach = 0, self.model.reach
+        failure = None
         for block in self._blocks(left, meter):
+            if isinstance(block, _Unreadable):
+                failure = block
+                break
             waiting.append(block)
             held += len(block.ids)
             while held >= self.segment_size + reach:
                 self._feed(_take(waiting, self.segment_size), complete=False)
-                self._go_on_from(waiting[0].place, left)
+                self._go_on_from(waiting, open_inputs)
                 held -= self.segment_size
                 meter.add(self.segment_size)
                 self._commit_if_due()
         if held:
             self._feed(_take(waiting, held), complete=True)
             meter.add(held)
-        self._go_on_from(None, left)
+        self.notes.place, self.notes.ahead = None, []
+        self._finish(open_inputs, before=failure and failure.item.name)
+        if failure is not None:
+            self.notes.unreadable.append(failure.item.name)
         self.commit()
+        if failure is not None:
+            # What came before stays; the input is as if it had not been given.
+            raise failure.error
         return meter.tokens
 
-    def _blocks(self, inputs: Sequence[TextInput], meter: _Meter) -> Iterator[_Block]:
-        """The tokens of the inputs, from where they have not been read."""
+    def _check_mended(self, inputs: Sequence[TextInput]) -> None:
+        """Raise the error of an input that could not be read, if it still cannot.
+
+        Its beginning would be read again with each try.
+        """
+        for item in inputs:
+            if item.name in self.notes.unreadable and item.name != STDIN:
+                for _ in InputStream(item):
+                    pass
+                self.notes.unreadable.remove(item.name)
+
+    def _blocks(self, inputs: Sequence[TextInput], meter: _Meter) -> Iterator[_Block | _Unreadable]:
+        """The tokens of the inputs, from where they have not been read, or what ends them."""
         place = self.notes.place
         for item in inputs:
             source, start = (None, 0) if place is None else (place.source, place.start)
             stream = InputStream(item, source=source, start=start)
             held: _Block | None = None
-            for piece in stream:
+            failure: _Unreadable | None = None
+            pieces = iter(stream)
+            while True:
+                try:
+                    piece = next(pieces, None)
+                except ValueError as error:
+                    piece, failure = None, _Unreadable(item, error)
+                if piece is None:
+                    break
                 block = self._encode(piece, item)
                 if place is not None:
                     block, place = block.cut(place.tokens)[1], None
@@ -252,7 +301,10 @@ class Ingestion:
                 held = block if len(block.ids) else None
                 meter.at(stream.bytes_read)
             if held is not None:
-                yield held
+                # A text that cannot be read on ends where it can be read to.
+                yield held._replace(closes=held.closes or failure is not None)
+            if failure is not None:
+                yield failure
             meter.finish(item)
 
     def _encode(self, piece: TextPiece, item: TextInput) -> _Block:
@@ -274,12 +326,16 @@ class Ingestion:
             complete=complete,
         )
 
-    def _go_on_from(self, place: Place | None, inputs: Sequence[TextInput]) -> None:
+    def _go_on_from(self, waiting: deque[_Block], open_inputs: deque[TextInput]) -> None:
         """Note where the next token stands, and which inputs are thereby at their end."""
-        self.notes.place = place
-        for item in inputs:
-            if place is not None and item.name == place.input:
-                return
+        first, *behind = dict.fromkeys(block.place.input for block in waiting)
+        self.notes.place, self.notes.ahead = waiting[0].place, behind
+        self._finish(open_inputs, before=first)
+
+    def _finish(self, open_inputs: deque[TextInput], *, before: str | None) -> None:
+        """Take the inputs before one of this name, or all, as read to their end."""
+        while open_inputs and open_inputs[0].name != before:
+            item = open_inputs.popleft()
             if item.name != STDIN:
                 self.notes.finished[item.name] = item.size
 

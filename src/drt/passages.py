@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
+
+from drt.memory.files import named_errors
 
 TOKENS_FILE, CHUNKS_FILE, SOURCES_FILE = "tokens.bin", "chunks.bin", "sources.jsonl"
 _TOKEN = np.dtype("<u4")
@@ -67,19 +69,18 @@ class PassageLog:
     def sources(self) -> list[str]:
         """The names of all sources."""
         self._sources.flush()
-        lines = (self.folder / SOURCES_FILE).read_bytes().split(b"\n")[:-1]
         try:
-            return [json.loads(line)["name"] for line in lines]
+            return [json.loads(line)["name"] for line in self._lines()]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.folder / SOURCES_FILE} is damaged: {error}") from error
 
     def add_source(self, name: str) -> None:
         """Begin a source."""
-        self._sources.write((json.dumps({"name": name}) + "\n").encode())
+        self._write(self._sources, (json.dumps({"name": name}) + "\n").encode())
 
     def add_tokens(self, token_ids: np.ndarray) -> None:
         """Append (n,) tokens."""
-        self._tokens.write(token_ids.astype(_TOKEN).tobytes())
+        self._write(self._tokens, token_ids.astype(_TOKEN).tobytes())
 
     def add_chunk(self, *, token: int, length: int, start: int, end: int, source: int) -> None:
         """Append a chunk.
@@ -91,21 +92,37 @@ class PassageLog:
             end: byte at which it ends.
             source: number of the source.
         """
-        self._chunks.write(np.array((token, start, end, length, source), dtype=_CHUNK).tobytes())
+        record = np.array((token, start, end, length, source), dtype=_CHUNK)
+        self._write(self._chunks, record.tobytes())
+
+    def _write(self, file: Any, data: bytes) -> None:
+        with named_errors(Path(file.name)):
+            file.write(data)
 
     def commit(self) -> None:
         """Bring everything to the medium."""
         for file in (self._tokens, self._chunks, self._sources):
-            file.flush()
-            os.fsync(file.fileno())
+            with named_errors(Path(file.name)):
+                file.flush()
+                os.fsync(file.fileno())
 
-    def check_holds(self, *, num_tokens: int, num_chunks: int) -> None:
+    def check_holds(self, *, num_tokens: int, num_chunks: int, num_sources: int) -> None:
         """Raise ValueError if the log is shorter than the state that it goes with."""
         if num_tokens > self.num_tokens or num_chunks > self.num_chunks:
             raise ValueError(
                 f"{self.folder} logs {self.num_tokens} tokens and {self.num_chunks} chunks, its "
                 f"state has {num_tokens} and {num_chunks}: {TOKENS_FILE} or {CHUNKS_FILE} was cut"
             )
+        found = len(self._lines())
+        if num_sources > found:
+            raise ValueError(
+                f"{self.folder} logs {found} sources, its state has {num_sources}: "
+                f"{SOURCES_FILE} was cut"
+            )
+
+    def _lines(self) -> list[bytes]:
+        """The lines of the sources; what follows the last line end is no whole line."""
+        return (self.folder / SOURCES_FILE).read_bytes().split(b"\n")[:-1]
 
     def truncate(self, *, num_tokens: int, num_chunks: int, num_sources: int) -> None:
         """Drop what stands behind these counts.
@@ -113,24 +130,19 @@ class PassageLog:
         Raises:
             ValueError: the log is shorter.
         """
-        self.check_holds(num_tokens=num_tokens, num_chunks=num_chunks)
-        # What follows the last line end is no whole line.
-        lines = (self.folder / SOURCES_FILE).read_bytes().split(b"\n")[:-1]
-        if num_sources > len(lines):
-            raise ValueError(
-                f"{self.folder} logs {len(lines)} sources, its state has {num_sources}: "
-                f"{SOURCES_FILE} was cut"
-            )
-        lines = lines[:num_sources]
+        self.check_holds(num_tokens=num_tokens, num_chunks=num_chunks, num_sources=num_sources)
+        lines = self._lines()[:num_sources]
         self._tokens.truncate(num_tokens * _TOKEN.itemsize)
         self._chunks.truncate(num_chunks * _CHUNK.itemsize)
         self._sources.truncate(sum(len(line) + 1 for line in lines))
 
-    def passage(self, chunk: int) -> Passage | None:
-        """The text of a chunk; None if it is not in the log."""
+    def passage(self, chunk: int) -> Passage:
+        """The text of a chunk.
+
+        Raises:
+            ValueError: the log has none.
+        """
         record = self._record(chunk)
-        if record is None:
-            return None
         size = _TOKEN.itemsize
         count, first = int(record["length"]) * size, int(record["token"]) * size
         ids = np.frombuffer(os.pread(self._tokens.fileno(), count, first), _TOKEN)
@@ -144,9 +156,11 @@ class PassageLog:
         name = self._names[int(record["source"])]
         return Passage(name, int(record["start"]), int(record["end"]), ids.astype(np.int64))
 
-    def _record(self, chunk: int) -> np.void | None:
+    def _record(self, chunk: int) -> np.void:
         data = os.pread(self._chunks.fileno(), _CHUNK.itemsize, chunk * _CHUNK.itemsize)
-        return np.frombuffer(data, _CHUNK)[0] if len(data) == _CHUNK.itemsize else None
+        if len(data) < _CHUNK.itemsize:
+            raise ValueError(f"{self.folder} logs no chunk {chunk}, but {self.num_chunks} chunks")
+        return np.frombuffer(data, _CHUNK)[0]
 
     def __enter__(self) -> Self:
         return self

@@ -23,11 +23,15 @@ from drt.chunking import Cursor
 from drt.configuration import DRTConfig
 from drt.memory import DiskMemory, HostMemory, MemoryFormatError
 from drt.memory.base import InferenceMemory
+from drt.memory.files import named_errors, sync_folder
 from drt.retrieval import RetrievedChunks
 from drt.state import CurrentRetrieval, DRTState
 
 STATE_FILE, MANIFEST_FILE = "state.safetensors", "manifest.json"
-FORMAT, VERSION = "drt-state", 1
+FORMAT, VERSION = "drt-state", 2
+
+PARTIAL_FILE = "state.partial"
+"""The state while it is written."""
 
 # Fields of a configuration that no weight shows, and without which a state means something else;
 # of a configuration that extends `DRTConfig`, all that it adds.
@@ -78,7 +82,8 @@ def save_state(
             "fork the state, select a row with batch_select_indices and save that"
         )
     folder, memory = Path(folder), state.memory
-    if isinstance(memory, DiskMemory) and memory.writable and memory.folder == folder:
+    here = isinstance(memory, DiskMemory) and memory.folder.resolve() == folder.resolve()
+    if here and memory.writable:
         _check_maker(memory, fingerprint)
         memory.commit()
     elif len(memory):
@@ -88,6 +93,7 @@ def save_state(
         if (folder / MANIFEST_FILE).exists():
             raise ValueError(f"{folder} holds another memory already")
         folder.mkdir(parents=True, exist_ok=True)
+    tensors = _tensors(state)
     header = {
         "format": FORMAT,
         "version": VERSION,
@@ -96,8 +102,9 @@ def save_state(
         "window_lengths": [window.lengths for window in state.windows],
         "num_columns": state.num_columns,
         "notes": dict(notes or {}),
+        "tensors": _digest(tensors),
     }
-    _replace(folder / STATE_FILE, _tensors(state), {"drt": json.dumps(header)})
+    _replace(folder / STATE_FILE, tensors, {"drt": json.dumps(header)})
 
 
 def _check_maker(memory: DiskMemory, fingerprint: Mapping[str, str]) -> None:
@@ -127,14 +134,24 @@ def _tensors(state: DRTState) -> dict[str, Tensor]:
     return {name: x.cpu().contiguous() for name, x in tensors.items() if x is not None}
 
 
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of tensors in host memory: 32 digits."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def _replace(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a file beside the old one and put it in its place."""
-    partial = file.with_suffix(".partial")
-    with partial.open("wb") as written:
+    partial = file.with_name(PARTIAL_FILE)
+    with named_errors(partial), partial.open("wb") as written:
         written.write(save(tensors, metadata=metadata))
         written.flush()
         os.fsync(written.fileno())
     partial.replace(file)
+    sync_folder(file.parent)
 
 
 def load_state(
@@ -163,16 +180,19 @@ def load_state(
         MemoryFormatError: nothing of the kind is there, it is damaged, or another model's.
         BlockingIOError: it is to be written and somebody else is writing.
     """
-    file = Path(folder) / STATE_FILE
-    header, tensors = _read(file, device)
-    for key, wanted in fingerprint.items():
-        found = header["fingerprint"].get(key)
-        if found != wanted:
-            raise MemoryFormatError(
-                f"{file} was made by another {key}: its fingerprint is {found}, not {wanted}"
-            )
+    folder = Path(folder)
+    header, tensors = _read_of(folder, fingerprint)
+    memory = _memory(folder, _cursor(header).chunks, fingerprint, device, writable, dtype)
+    try:
+        if writable:
+            # Whoever wrote before us may have done so until the folder was ours.
+            header, tensors = _read_of(folder, fingerprint)
+        memory = _as_far_as(memory, _cursor(header).chunks, folder)
+    except BaseException:
+        memory.close()
+        raise
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     cursor = _cursor(header)
-    memory = _memory(Path(folder), cursor.chunks, fingerprint, device, writable, dtype)
     state = DRTState(config, 1, memory=memory)
     state.cursors = [cursor]
     state.num_columns = header["num_columns"]
@@ -193,14 +213,14 @@ def load_state(
     return state, header["notes"]
 
 
-def saved_cursor(folder: str | Path) -> Cursor:
-    """Where the row of a saved state stands, without loading the state.
+def saved_cursor(folder: str | Path) -> tuple[Cursor, dict[str, Any]]:
+    """Where the row of a saved state stands, and the notes, without loading the state.
 
     Raises:
         MemoryFormatError: there is no state, or it is damaged.
     """
-    header, _ = _read(Path(folder) / STATE_FILE, torch.device("cpu"))
-    return _cursor(header)
+    header, _ = _read(Path(folder) / STATE_FILE)
+    return _cursor(header), header["notes"]
 
 
 def _cursor(header: dict[str, Any]) -> Cursor:
@@ -208,11 +228,27 @@ def _cursor(header: dict[str, Any]) -> Cursor:
     return Cursor(**{**saved, "recent_starts": tuple(saved["recent_starts"])})
 
 
-def _read(file: Path, device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read_of(
+    folder: Path, fingerprint: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """As `_read`, of a state that this made."""
+    file = folder / STATE_FILE
+    header, tensors = _read(file)
+    for key, wanted in fingerprint.items():
+        found = header["fingerprint"].get(key)
+        if found != wanted:
+            raise MemoryFormatError(
+                f"{file} was made by another {key}: its fingerprint is {found}, not {wanted}"
+            )
+    return header, tensors
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a file says, and its tensors in host memory."""
     if not file.is_file():
         raise MemoryFormatError(f"no saved state in {file.parent}: there is no {file.name}")
     try:
-        with safe_open(file, framework="pt", device=str(device)) as opened:
+        with safe_open(file, framework="pt", device="cpu") as opened:
             metadata = opened.metadata() or {}
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except SafetensorError as error:
@@ -223,6 +259,8 @@ def _read(file: Path, device: torch.device) -> tuple[dict[str, Any], dict[str, T
             f"{file} is not a saved state of version {VERSION}: it says "
             f"{header.get('format')!r}, version {header.get('version')!r}"
         )
+    if header["tensors"] != _digest(tensors):
+        raise MemoryFormatError(f"{file} is damaged: its tensors are not those that were saved")
     return header, tensors
 
 
@@ -234,19 +272,24 @@ def _memory(
     writable: bool,
     dtype: torch.dtype | None,
 ) -> InferenceMemory:
-    """The folder's memory as far as the state goes."""
+    """The folder's memory; to be written, nobody else may write to it from now on."""
     if not num_chunks and not (folder / MANIFEST_FILE).exists():
         if writable:
             return DiskMemory.create(folder, fingerprint=fingerprint, dtype=dtype)
         return HostMemory(dtype=dtype)
-    memory = DiskMemory.open(folder, writable=writable, fingerprint=fingerprint, device=device)
+    return DiskMemory.open(folder, writable=writable, fingerprint=fingerprint, device=device)
+
+
+def _as_far_as(memory: InferenceMemory, num_chunks: int, folder: Path) -> InferenceMemory:
+    """A folder's memory as far as its state goes."""
     if len(memory) < num_chunks:
         raise MemoryFormatError(
             f"{folder} holds {len(memory)} chunks, its {STATE_FILE} goes with {num_chunks}"
         )
     if len(memory) == num_chunks:
         return memory
-    if writable:
+    assert isinstance(memory, DiskMemory)
+    if memory.writable:
         memory.truncate(num_chunks)
         return memory
     return memory.prefix(num_chunks)

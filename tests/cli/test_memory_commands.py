@@ -113,6 +113,12 @@ def test_a_memory_is_shown_verified_and_exported(
     assert main(["memory", "verify", memory]) == 2
     assert "logs 1270 tokens" in capsys.readouterr().err
     tokens.write_bytes(whole)
+    sources = Path(memory) / "sources.jsonl"
+    lines = sources.read_bytes()
+    sources.write_bytes(b"")
+    assert main(["memory", "verify", memory]) == 2
+    assert "logs 0 sources, its state has" in capsys.readouterr().err
+    sources.write_bytes(lines)
     records = next(Path(memory).glob("records.*.bin"))
     data = bytearray(records.read_bytes())
     data[5000] ^= 1

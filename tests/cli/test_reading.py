@@ -71,6 +71,21 @@ def test_an_answer_ends_before_the_stop(
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_a_memory_below_the_folder_that_is_read_is_no_text(
+    tmp_path: Path, texts: list[str], checkpoint: str, capsys: Any
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for text in texts:
+        Path(text).rename(folder / Path(text).name)
+    memory = folder / "memory"
+    for _ in range(2):
+        assert main(["read", checkpoint, str(folder), "--memory", str(memory)]) == 0
+    assert "sources.jsonl" not in capsys.readouterr().out
+    assert main(["read", checkpoint, str(memory), "--memory", str(memory)]) == 2
+    assert "no text to be read but what is in" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["tokens.bin", "chunks.bin", "sources.jsonl"])
 def test_a_cut_log_is_refused_and_left_as_it_is(
     tmp_path: Path, texts: list[str], checkpoint: str, name: str, capsys: Any

@@ -3,8 +3,10 @@
 import io
 import json
 import lzma
+import os
 import sys
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -72,6 +74,24 @@ def test_standard_input_is_read_and_skipped(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(sys, "stdin", Stdin)
     made = list(InputStream(TextInput("-", None), source="-", start=150))
     assert "".join(piece.text for piece in made) == "0123456789" * 5
+
+
+def test_a_place_behind_the_end_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("0123456789")
+    with pytest.raises(ValueError, match="the text ends 5 bytes before the place to go on from"):
+        pieces(tmp_path / "a.txt", source="a.txt", start=15)
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
+    source = f"{tmp_path / 'a.jsonl'}:3"
+    with pytest.raises(ValueError, match=r"a\.jsonl ends before .*a\.jsonl:3, the place to go on"):
+        pieces(tmp_path / "a.jsonl", source=source, start=0)
+
+
+def test_a_pipe_is_read(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    Thread(target=pipe.write_text, args=("0123456789",)).start()
+    stream = InputStream(TextInput(str(pipe), 0))
+    assert [(piece.text, stream.bytes_read) for piece in stream] == [("0123456789", 0)]
 
 
 def test_folders_are_listed_by_name(tmp_path: Path) -> None:

@@ -165,6 +165,41 @@ def test_a_memory_of_no_chunks_is_one(oracle: Any, tmp_path: Path) -> None:
             assert memory.counts == (1,)
 
 
+def test_what_is_cut_and_kept_reaches_the_medium(
+    oracle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+
+    def note(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    monkeypatch.setattr("drt.memory.files.os.fsync", note)
+    with DiskMemory.create(tmp_path, fingerprint={}) as memory:
+        memory.append(*oracle.make_chunks([10], 0))
+        memory.truncate(5)
+        memory.commit()
+        assert str(tmp_path / "records.0.bin") in synced
+    always = tmp_path / "always"
+    synced.clear()
+    with DiskMemory.create(always, fingerprint={}, fsync="always", slab_size=4) as memory:
+        memory.append(*oracle.make_chunks([3], 0))
+        before = synced.count(str(always))
+        memory.append(*oracle.make_chunks([3], 1))
+        # A second pair of files has begun.
+        assert synced.count(str(always)) == before + 1
+
+
+def test_a_memory_of_float64_is_opened_again(oracle: Any, tmp_path: Path) -> None:
+    landmarks, keys, values, *rest = oracle.make_chunks([3], 0)
+    with DiskMemory.create(tmp_path, fingerprint={}, dtype=torch.bfloat16) as memory:
+        memory.append(landmarks, keys.double(), values.double(), *rest)
+        wanted = memory.gather(torch.tensor([[[2, 0]]]))
+    with DiskMemory.open(tmp_path) as again:
+        found = again.gather(torch.tensor([[[2, 0]]]))
+    assert found[0].dtype == torch.float64
+    assert torch.equal(found[0], wanted[0])
+
+
 def test_truncating_forgets_and_files_go(oracle: Any, tmp_path: Path) -> None:
     memory = filled(tmp_path, oracle)
     fork, before = memory.fork(), gathered(memory)

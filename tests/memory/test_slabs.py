@@ -130,6 +130,17 @@ def test_a_fork_copies_no_chunk_and_its_own_slab_is_small(oracle: Any) -> None:
     assert slabs[1][1].capacity == 16
 
 
+def test_forks_that_are_thrown_away_cost_no_more_than_a_small_slab(oracle: Any) -> None:
+    memory = DeviceMemory(slab_size=4096)
+    for turn in range(40):
+        memory.append(*oracle.make_chunks([3], turn))
+        memory.fork().append(*oracle.make_chunks([1], 100 + turn))
+    capacities = [view.slab.capacity for view in memory._rows[0].views]
+    assert len(memory) == 120
+    assert max(capacities) == 16
+    assert len(capacities) <= 40
+
+
 def test_the_first_to_append_keeps_the_slab_and_a_dropped_branch_is_gone(oracle: Any) -> None:
     memory = DeviceMemory(slab_size=64)
     memory.append(*oracle.make_chunks([3], 0))

@@ -48,7 +48,8 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("the prompt is empty")
     torch.manual_seed(options.seed)
     single = options.num_return_sequences == options.num_beams == 1
-    streamer = TextStreamer(checkpoint.tokenizer, skip_prompt=True) if single else None
+    shown: Any = {"skip_prompt": True, "skip_special_tokens": True}
+    streamer = TextStreamer(checkpoint.tokenizer, **shown) if single else None
     with checkpoint.autocast():
         made = checkpoint.model.generate(
             ids.to(checkpoint.model.device),

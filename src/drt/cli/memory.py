@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 NAME = "memory"
-HELP = "Look at a memory on disk, check every byte of it, or export it to safetensors."
+HELP = "Look at a memory on disk, check its chunks and state, or export it to safetensors."
 EPILOG = "Example: drt memory export memories/books exported/books"
 
 
@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     for name, text in (
         ("info", "sizes, counts and what made it"),
-        ("verify", "read everything and compare checksums"),
+        ("verify", "compare the checksums of all chunks and of the state, and count the log"),
         ("export", "write landmarks, keys, values and lengths as safetensors"),
     ):
         action = actions.add_parser(name, help=text, description=text)
@@ -44,16 +44,21 @@ def run(options: argparse.Namespace) -> None:
 
 def _verify_state(folder: Path, num_chunks: int) -> None:
     """Whether the saved state and the log of passages, if there are such, go with the chunks."""
+    from drt.ingestion import Notes
     from drt.passages import CHUNKS_FILE, PassageLog
     from drt.saved_state import STATE_FILE, saved_cursor
 
     if not (folder / STATE_FILE).exists():
         print(f"{folder}: there is no {STATE_FILE}, only the memory")
         return
-    cursor = saved_cursor(folder)
+    cursor, notes = saved_cursor(folder)
     if cursor.chunks > num_chunks:
         raise ValueError(f"{folder} holds {num_chunks} chunks, its state goes with {cursor.chunks}")
     if not (folder / CHUNKS_FILE).exists():
         return
     with PassageLog(folder) as log:
-        log.check_holds(num_tokens=cursor.tokens, num_chunks=cursor.chunks)
+        log.check_holds(
+            num_tokens=cursor.tokens,
+            num_chunks=cursor.chunks,
+            num_sources=Notes.of(notes).num_sources,
+        )

@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> None:
     """Read, show how far it is, and say what is there now."""
     from drt.data.streaming import list_inputs
 
-    inputs = list_inputs(options.files)
+    inputs = _outside(options.memory, list_inputs(options.files))
     checkpoint = load_drt(options.checkpoint)
     ingestion = _open(checkpoint, options)
     try:
@@ -50,6 +50,21 @@ def run(options: argparse.Namespace) -> None:
         )
     finally:
         ingestion.close()
+
+
+def _outside(memory: Path, inputs: list[Any]) -> list[Any]:
+    """The inputs without what lies in the memory's own folder, where that is below a given one."""
+    from drt.data.streaming import STDIN
+
+    here = memory.resolve()
+    left = [
+        item
+        for item in inputs
+        if item.name == STDIN or not Path(item.name).resolve().is_relative_to(here)
+    ]
+    if not left:
+        raise ValueError(f"there is no text to be read but what is in {memory} itself")
+    return left
 
 
 def _open(checkpoint: Checkpoint, options: argparse.Namespace) -> Any:
@@ -77,8 +92,9 @@ def _read(ingestion: Any, inputs: list[Any], checkpoint: Checkpoint) -> None:
     from tqdm import tqdm
 
     left = ingestion.remaining(inputs)
+    names = {item.name for item in left}
     for item in inputs:
-        if item not in left:
+        if item.name not in names:
             print(f"{item.name} was read before")
     if not left:
         return

@@ -77,7 +77,8 @@ class InputStream:
     @property
     def bytes_read(self) -> int:
         """Bytes taken from the file so far, as they are on disk."""
-        return 0 if self.item.name == STDIN else self._raw.tell()
+        # A pipe does not tell.
+        return self._raw.tell() if self.item.name != STDIN and self._raw.seekable() else 0
 
     def __iter__(self) -> Iterator[TextPiece]:
         """The pieces in order.
@@ -113,13 +114,17 @@ class InputStream:
             waiting = False
             row = memoryview(data)[start:]
             yield from _pieces(_reader(row), source, start)
+        if waiting:
+            raise ValueError(f"{name} ends before {self._source}, the place to go on from")
 
 
 def skip(stream: BinaryIO, count: int) -> None:
     """Leave out bytes of a stream that may not be able to seek."""
     if count and stream.seekable() and not isinstance(stream, lzma.LZMAFile):
-        stream.seek(count, 1)
-        return
+        here = stream.tell()
+        skipped = min(stream.seek(0, 2) - here, count)
+        stream.seek(here + skipped)
+        count -= skipped
     while count:
         got = len(stream.read(min(count, PIECE_BYTES)))
         if not got:

@@ -173,6 +173,10 @@ class DiskMemory(InferenceMemory):
             raise ValueError(f"num_chunks must be 0 to {len(self)}, got {num_chunks}")
         if self._journal is None or num_chunks == len(self):
             return
+        if self._fsync != "never":
+            # The slabs that are cut are opened anew, and nobody would remember to sync them.
+            for slab in self._written:
+                slab.sync()
         # The journal first: a chunk without an entry is no chunk, an entry without one is damage.
         self._journal.truncate(num_chunks)
         if self._fsync != "never":
@@ -257,6 +261,9 @@ class DiskMemory(InferenceMemory):
             slab.write(chunks.part(part.start, part.stop), landmarks[part])
             if self._fsync == "always":
                 slab.sync()
+        if self._fsync == "always" and any(slab.filled == 0 for slab, _ in parts):
+            # The names of new files.
+            sync_folder(self.folder)
         self._journal.append(entries, sync=self._fsync == "always")
         for slab, part in parts:
             slab.publish(chunks.part(part.start, part.stop), entries[part])

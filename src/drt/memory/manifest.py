@@ -17,7 +17,7 @@ from drt.memory.slabs import Layout, Scan
 FORMAT = "drt-memory"
 VERSION = 1
 
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORAGE_DTYPES}
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (*STORAGE_DTYPES, torch.float64)}
 
 
 @dataclass(frozen=True)

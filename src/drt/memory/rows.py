@@ -11,7 +11,7 @@ import torch
 from drt.memory.slabs import EncodedChunks, RamSlab, Slab
 
 FIRST_CAPACITY = 16
-"""Chunks of the first slab of a row, and of the first one that it does not share."""
+"""Chunks of the first slab of a row, and of one behind a slab that another row has gone on in."""
 
 _POSITION_BITS = 32
 _POSITIONS = (1 << _POSITION_BITS) - 1
@@ -72,6 +72,10 @@ class Row:
             # More in it than this row uses: another row has gone on there.
             if isinstance(slab, RamSlab) and used == slab.filled < slab.capacity:
                 return slab
+            if used < slab.capacity:
+                # The rest is a fork's, which may be gone already: doubling after each would grow
+                # without end.
+                self.next_capacity = FIRST_CAPACITY
         capacity = min(largest, max(self.next_capacity, wanted))
         self.next_capacity = 2 * capacity
         slab = new_slab(capacity)
