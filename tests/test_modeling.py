@@ -157,8 +157,34 @@ def test_chunks_are_closed_early_at_random_in_training_only(ids: torch.Tensor) -
     assert len({num_chunks(seed) for seed in range(8)}) > 1
     # 257 tokens in chunks of 16; two early ends more in each make about three times as many.
     assert num_chunks(1) > 24
-    assert num_chunks(1, past_key_values=model.new_state(2)) == 16
+    with torch.no_grad():
+        assert num_chunks(1, past_key_values=model.new_state(2)) == 16
     assert model.eval()(ids, output_retrievals=True).retrievals[0].indices.shape[1] == 16
+
+
+def test_a_state_in_training_is_refused_where_it_would_take_gradients(ids: torch.Tensor) -> None:
+    model = DRTForCausalLM(tiny_config()).train()
+    for given in ({"use_cache": True}, {"past_key_values": model.new_state(2)}):
+        with pytest.raises(ValueError, match="the chunk encoder would not learn"):
+            model(ids, labels=ids, **given)
+    model.eval()
+    state = model.new_state(2)
+    # Two segments, each with a backward of its own.
+    for part in ids.split(128, dim=1):
+        model(part, labels=part, past_key_values=state).loss.backward()
+
+
+def test_a_state_does_not_hold_the_buffers_that_ids_came_in(model: DRTForCausalLM) -> None:
+    state, buffer = model.new_state(), torch.zeros(1, 1, dtype=torch.int64)
+    with torch.no_grad():
+        for number in (5, 6, 7, 8):
+            buffer.fill_(number)
+            model(buffer, past_key_values=state)
+    assert state.recent_ids is not None
+    assert state.recent_ids.tolist() == [[5, 6, 7, 8]]
+    whole = torch.arange(10_000)[None]
+    state.note_ids(whole[:, -1:])
+    assert sum(part.untyped_storage().nbytes() for part in state._recent_ids) == 5 * 8
 
 
 def test_gradients_flow_through_short_chunks(ids: torch.Tensor) -> None:

@@ -388,7 +388,8 @@ class DRTForCausalLM(DRTPreTrainedModel, DRTReading, DRTGeneration, GenerationMi
             are None where there are labels, in training mode with `config.loss_chunk_size` set.
 
         Raises:
-            ValueError: ids, masks or a state of a wrong shape, or an unknown argument.
+            ValueError: ids, masks or a state of a wrong shape, an unknown argument, or a state in
+                training mode with gradients.
         """
         extra = loss_kwargs(kwargs)
         check_labels(labels, logits_to_keep, output_token_losses=output_token_losses)
@@ -396,6 +397,11 @@ class DRTForCausalLM(DRTPreTrainedModel, DRTReading, DRTGeneration, GenerationMi
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         columns: Any = input_ids if inputs_embeds is None else inputs_embeds
         state = past_key_values
+        if self.training and torch.is_grad_enabled() and (use_cache or state is not None):
+            raise ValueError(
+                "a state remembers without gradients, so that the chunk encoder would not learn: "
+                "train on whole rows, without past_key_values and use_cache, or call model.eval()"
+            )
         if state is None and use_cache:
             state = self.new_state(columns.shape[0])
         check_state(state, columns)

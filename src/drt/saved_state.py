@@ -82,8 +82,11 @@ def save_state(
             "fork the state, select a row with batch_select_indices and save that"
         )
     folder, memory = Path(folder), state.memory
-    here = isinstance(memory, DiskMemory) and memory.folder.resolve() == folder.resolve()
-    if here and memory.writable:
+    if (
+        isinstance(memory, DiskMemory)
+        and memory.writable
+        and memory.folder.resolve() == folder.resolve()
+    ):
         _check_maker(memory, fingerprint)
         memory.commit()
     elif len(memory):

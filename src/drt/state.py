@@ -57,8 +57,10 @@ class WindowCache:
             min(length + count, window - 1)
             for length, count in zip(before, layout.counts, strict=True)
         ]
-        keys, self.keys = self._extend(self.keys, key.transpose(1, 2), layout)
-        values, self.values = self._extend(self.values, value.transpose(1, 2), layout)
+        keys, kept_keys = self._extend(self.keys, key.transpose(1, 2), layout)
+        values, kept_values = self._extend(self.values, value.transpose(1, 2), layout)
+        # As all that a state remembers: a second backward has no graph to go through.
+        self.keys, self.values = kept_keys.detach(), kept_values.detach()
         first = _first_keys(before, cached, layout, key.device)
         return WindowKeys(keys.transpose(1, 2), values.transpose(1, 2), first)
 
@@ -266,7 +268,8 @@ class DRTState(Cache):
         """Remember the last ids that were read, (B, T), to recognize them."""
         self.num_columns += input_ids.shape[1]
         last = input_ids[:, -_NUM_RECENT:]
-        self._recent_ids.append(last.clone() if input_ids.shape[1] > _NUM_RECENT else last)
+        # A view would keep all of the ids, and change with the buffer that it is of.
+        self._recent_ids.append(last.clone())
         del self._recent_ids[:-_NUM_RECENT]
 
     def check_new(self, input_ids: Tensor) -> None:

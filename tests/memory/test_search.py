@@ -118,6 +118,9 @@ def test_a_bfloat16_scan_finds_nearly_all(landmark_dtype: torch.dtype) -> None:
     assert found.float().mean() >= 0.99
     # One sum of 32 products in another order, of landmarks as they are kept.
     assert torch.allclose(exact.scores[found], _same(exact, scanned)[found], atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = memories[1].search(queries, limits, topk=8)
+    assert all(torch.equal(*pair) for pair in zip(under, scanned, strict=True))
 
 
 def _same(exact: Retrieval, scanned: Retrieval) -> Tensor:

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from drt import DRTForCausalLM
+from drt.baselines import BlockRecurrentConfig, BlockRecurrentForCausalLM
 from drt.layers import DRTDecoderLayer, DRTEncoderLayer
 from drt.testing import tiny_config
 from drt.training.optimizer import MuonWithAdamW, split_parameters
@@ -129,6 +130,32 @@ def test_reading_works_in_shards(tmp_path: Path) -> None:
     for rank in range(2):
         # The very same operations on the very same numbers.
         assert torch.equal(torch.load(tmp_path / f"{rank}.pt"), read(make_model()))
+
+
+def test_a_recurrent_baseline_reads_in_shards(tmp_path: Path) -> None:
+    ids = torch.randint(0, 61, (1, 80), generator=torch.Generator().manual_seed(5))
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+
+    def made() -> BlockRecurrentForCausalLM:
+        torch.manual_seed(0)
+        own = {"num_attention_heads": 4, "sliding_window": 19, "num_state_vectors": 6}
+        return BlockRecurrentForCausalLM(BlockRecurrentConfig(**sizes, **own)).eval()
+
+    @torch.no_grad()
+    def read(model: BlockRecurrentForCausalLM) -> torch.Tensor:
+        state = model(ids[:, :50], use_cache=True).past_key_values
+        return model(ids[:, 50:], past_key_values=state).logits
+
+    def work(rank: int) -> None:
+        model = made()
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        torch.save(read(model), tmp_path / f"{rank}.pt")
+
+    in_two(work, tmp_path)
+    for rank in range(2):
+        assert torch.equal(torch.load(tmp_path / f"{rank}.pt"), read(made()))
 
 
 @pytest.mark.parametrize("name", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])

@@ -278,6 +278,22 @@ def test_a_sharded_run_is_killed_and_goes_on_as_a_whole_one(
 
 
 @pytest.mark.slow
+def test_sharding_adds_no_rounding_to_that_of_products(
+    needles: RunConfig, haystack: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    halves = replace(needles, precision="bfloat16", training=replace(needles.training, num_steps=1))
+    whole = in_parts(halves, "whole", 2)
+    sharded = in_parts(halves, "sharded", 1, sharding="fsdp")
+    assert run_in(whole, 1, haystack) == [0]
+    as_on_gpus(monkeypatch)
+    assert run_in(sharded, 2, haystack) == [0, 0]
+    one, other = curve(whole)[0], curve(sharded)[0]
+    # Sums of float32 losses; with those of bfloat16 it was 3e-4. Gradients are of such products.
+    assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.slow
 def test_torchrun_trains_and_says_what_is_wrong(needles: RunConfig, tmp_path: Path) -> None:
     config = replace(needles, training=replace(needles.training, num_steps=2))
     save_config(config, tmp_path / "config.yaml")

@@ -95,8 +95,8 @@ class Held(NamedTuple):
     """(B, o, G, D) of the open block's tokens, without positions."""
     open_values: Tensor
     """(B, o, G, D)."""
-    states: Tensor
-    """(B, N_s, E) after the last full block."""
+    states: Tensor | None
+    """(B, N_s, E) after the last full block; None before anything was read."""
 
 
 class WindowAttention(DRTAttention):
@@ -245,7 +245,9 @@ class RecurrentLayer(GradientCheckpointingLayer):
             the (B, NB, N_s, G, D) keys and values of the states that each block sees.
         """
         batch, length, size = tokens.keys.shape[0], tokens.keys.shape[1], self.block_size
-        states = self.states.initial.expand(batch, -1, -1) if held is None else held.states
+        states = None if held is None else held.states
+        if states is None:
+            states = self.states.initial.expand(batch, -1, -1)
         seen: list[KeyValues] = []
         for begin in range(0, length, size):
             read = self.states.read(states)
@@ -275,7 +277,7 @@ class RecurrentLayer(GradientCheckpointingLayer):
     def nothing_held(self, like: Tensor) -> Held:
         """What is held before anything was read."""
         none = _no_positions(self.self_attn, like)
-        return Held(*none, *none, self.states.initial.expand(like.shape[0], -1, -1))
+        return Held(*none, *none, None)
 
 
 def _attend(query: Tensor, others: KeyValues) -> Tensor:

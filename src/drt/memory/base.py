@@ -18,6 +18,7 @@ from drt.memory.records import STORAGE_DTYPES, RecordFormat
 from drt.memory.rows import Row, places
 from drt.memory.search import OVERFETCH, Best, Bounds, rescored, search_tiles
 from drt.memory.slabs import EncodedChunks, Layout, RamSlab, Scan, Tier
+from drt.precision import without_autocast
 from drt.retrieval import Retrieval, retrieval_weights
 
 if TYPE_CHECKING:
@@ -114,7 +115,8 @@ class InferenceMemory(ABC):
             none = torch.full(shape, -1, dtype=torch.int64, device=queries.device)
             return retrieval_weights(none.float(), none)
         firsts = torch.zeros_like(limits) if firsts is None else firsts.clamp(min=0)
-        with torch.no_grad():
+        # Autocast would rank rounded candidates by rounded scores.
+        with torch.no_grad(), without_autocast(queries.device.type):
             scaled = queries.detach().float() / math.sqrt(queries.shape[-1])
             found = [
                 self._search_row(row, scaled[b], firsts[b], limits[b], topk)

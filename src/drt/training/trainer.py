@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import Sampler, SequentialSampler
 from transformers.trainer import Trainer
 
@@ -54,6 +55,11 @@ class RunTrainer(Trainer):
             len(getattr(model.config, "retrieval_groups", ())),
             retrieves_all=not getattr(model.config, "exclude_window_chunks", False),
         )
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the Trainer's; sharded models keep the precision of others."""
+        super().create_accelerator_and_postprocess()
+        cast_products_only(getattr(self.accelerator.state, "fsdp_plugin", None))
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         return torch.ones((), device=device)
@@ -183,6 +189,16 @@ class RunTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         # Item i is part i: the order is the data.
         return SequentialSampler(train_dataset or self.train_dataset)  # type: ignore[arg-type]
+
+
+def cast_products_only(plugin: Any) -> None:
+    """Leave FSDP2's own mixed precision out, None = no FSDP: autocast is around the model anyway.
+
+    accelerate would cast what goes into each layer, what comes out of the model and the gradients
+    that are summed to bfloat16; with autocast only matrix products are.
+    """
+    if plugin is not None:
+        plugin.mixed_precision_policy = MixedPrecisionPolicy()
 
 
 def _second_names(model: Any) -> list[str]:
