@@ -135,8 +135,10 @@ def test_the_table_has_a_line_for_each_figure() -> None:
     lines = [line.split() for line in table.splitlines()[2:]]
     assert lines == [
         ["m", "single", "exact", "match", "0.250", "1.000"],
+        ["m", "single", "questions", "4", "4"],
         ["m", "single", "recall@K", "-", "0.500"],
         ["m", "multi", "exact", "match", "0.250", "-"],
+        ["m", "multi", "questions", "4", "-"],
     ]
 
 
