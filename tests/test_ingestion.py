@@ -342,6 +342,14 @@ def test_an_unfinished_input_must_be_given_again(
     assert not ask(model, byte_tokenizer(), tmp_path / "memory", "x", max_new_tokens=1).is_complete
     with pytest.raises(ValueError, match=r"has read part of .*a\.txt: give it again"):
         ingestion.read(inputs[1:])
+    whole = Path(inputs[0].name).read_bytes()
+    place = ingestion.unread
+    # A file that was put in its place, as long as it but broken off, changes nothing.
+    Path(inputs[0].name).write_bytes(b"\xff" * len(whole))
+    with pytest.raises(ValueError, match="is not UTF-8 text"):
+        ingestion.read(inputs)
+    assert ingestion.unread == place
+    Path(inputs[0].name).write_bytes(whole)
     ingestion.read([inputs[1], inputs[0]])
     assert ingestion.unread is None
     ingestion.close()

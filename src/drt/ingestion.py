@@ -188,7 +188,7 @@ class Ingestion:
 
         Raises:
             ValueError: an input has changed since, or the unfinished one is not among them, or one
-            that the unfinished reading had begun to look at behind it.
+                that the unfinished reading had begun to look at behind it.
         """
         place = self.notes.place
         known = dict(self.notes.finished)
@@ -288,6 +288,9 @@ class Ingestion:
                 try:
                     piece = next(pieces, None)
                 except ValueError as error:
+                    if place is not None:
+                        # It is not what it was: nothing has been read of it by now.
+                        raise
                     piece, failure = None, _Unreadable(item, error)
                 if piece is None:
                     break

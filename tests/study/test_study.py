@@ -313,6 +313,16 @@ def test_a_row_that_is_changed_is_not_shown_with_what_it_was(study_file: Path) -
         write_page(other, folder, study_file.parent / "page.md", command="drt study small")
 
 
+def test_a_row_that_begins_with_a_model_of_another_kind_is_not_taken_for_a_drt(
+    study_file: Path,
+) -> None:
+    other = "rows.other={initial: some/llama, model: {max_position_embeddings: 64}}"
+    check_jobs(load_study(study_file, [other]), study_file.parent / "runs")
+    drt = "rows.other={model: {max_position_embeddings: 64, rope_scaling: 1}}"
+    with pytest.raises(ValueError, match=r"unknown key model\.rope_scaling of a drt"):
+        check_jobs(load_study(study_file, [drt]), study_file.parent / "runs")
+
+
 def test_a_folder_of_runs_may_be_moved(study_file: Path) -> None:
     study, folder = load_study(study_file, ["seeds=[0]"]), study_file.parent / "runs"
     for job in plan_jobs(study):

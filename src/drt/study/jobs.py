@@ -95,7 +95,9 @@ def check_jobs(study: StudyConfig, folder: Path) -> None:
                 checked.append(measurement)
         try:
             config = run_config(study, base, row, study.seeds[0], folder)
-            check_fields(config.model, default=_kind(study, base, row))
+            kind = _kind(study, base, row)
+            if kind is not None:
+                check_fields(config.model, default=kind)
             # Rows of a study mostly share their data.
             data = (config.text, config.summaries, config.training, config.tokenizer)
             if data not in checked:
@@ -107,13 +109,15 @@ def check_jobs(study: StudyConfig, folder: Path) -> None:
         check_configuration(study, base, job, folder)
 
 
-def _kind(study: StudyConfig, base: dict[str, Any], row: str) -> str:
-    """The kind of model that a row is of, where it does not say: that of the row it begins with."""
+def _kind(study: StudyConfig, base: dict[str, Any], row: str) -> str | None:
+    """The kind of model that a row is of; None where it begins with one that is not a row's."""
+    config = run_config(study, base, row, study.seeds[0], Path())
     source = study.initial_row(row)
-    if source is None:
-        return DEFAULT_TYPE
-    given = run_config(study, base, source, study.seeds[0], Path()).model.get("model_type")
-    return given or _kind(study, base, source)
+    if "model_type" in config.model:
+        return config.model["model_type"]
+    if source is not None:
+        return _kind(study, base, source)
+    return DEFAULT_TYPE if config.initial is None else None
 
 
 def _check_same_tokens(study: StudyConfig) -> None:
