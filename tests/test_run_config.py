@@ -78,6 +78,7 @@ def test_extends_merges_mappings_and_replaces_the_rest(tmp_path: Path) -> None:
         ("stages.0.length=100", "row length 100 must be a multiple of chunk_size 32"),
         ("chunk_size=48", "row length 256 must be a multiple of chunk_size 48"),
         ("chunk_size=-1", "chunk_size must be at least 1, got -1"),
+        ("chunk_size=0", "chunk_size must be at least 1, got 0"),
         ("stages=[]", "exactly one of stages .needles., text and summaries, got none"),
         ("seed", "an override reads key=value, got 'seed'"),
         ("seed.deep=1", "seed is a plain value"),

@@ -207,9 +207,9 @@ class RunConfig:
                 raise ValueError(f"chunk_size {self.chunk_size} is of needle rows: there are none")
             return
         default = DRTConfig.chunk_size if self.initial is None else 1
-        check_row_lengths(
-            self.row_lengths, self.chunk_size or self.model.get("chunk_size", default)
-        )
+        of_model = self.model.get("chunk_size", default)
+        chosen = of_model if self.chunk_size is None else self.chunk_size
+        check_row_lengths(self.row_lengths, chosen)
 
     @property
     def row_lengths(self) -> list[int]:
