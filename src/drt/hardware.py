@@ -10,12 +10,18 @@ import torch
 import transformers
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on; not every system tells those from all."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def describe() -> str:
     """Processor, cores, GPU, and the versions that matter."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return (
-        f"{_processor()}, {cores} cores, {torch.get_num_threads()} threads{gpu}; "
+        f"{_processor()}, {usable_cores()} cores, {torch.get_num_threads()} threads{gpu}; "
         f"Python {platform.python_version()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}"
     )

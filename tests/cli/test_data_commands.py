@@ -90,6 +90,24 @@ def test_a_tokenizer_is_trained_and_used(
     assert "is there already" in capsys.readouterr().err
 
 
+def test_a_tokenizer_is_trained_on_the_training_text_alone(books: Path, tmp_path: Path) -> None:
+    def trained(name: str, *inputs: str) -> bytes:
+        folder = tmp_path / name
+        assert (
+            main(["data", "tokenizer", *inputs, "--vocab-size", "275", "--out", str(folder)]) == 0
+        )
+        return (folder / "tokenizer.json").read_bytes()
+
+    first = trained("first", str(books))
+    for path in (books / "validation").iterdir():
+        path.write_text("The quick brown fox jumps over the lazy dogs. " * 99)
+    assert trained("again", str(books)) == first == trained("train", str(books / "train"))
+    assert trained("validation", str(books / "validation")) != first
+    rows = [json.dumps({"body": SENTENCE.format(number)}) for number in range(30)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    trained("rows", str(tmp_path / "rows.jsonl"), "--text-field", "body")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

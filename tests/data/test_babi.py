@@ -167,6 +167,21 @@ def test_only_stories_that_fit_are_told(byte_corpus: Corpus, stories_file: str) 
         task.training_row(byte_corpus, **{**ROW, "length": 160, "index": index})
 
 
+def test_stories_whose_answer_exceeds_a_chunk_are_not_told(
+    byte_corpus: Corpus, stories_file: str
+) -> None:
+    task = BabiStories(stories_file, tasks=BOTH)
+    sizes = {
+        size: [
+            story.sizes.answer
+            for story in task.fitting(byte_corpus.tokenizer, length=4096, chunk_size=size)
+        ]
+        for size in (7, 32)
+    }
+    assert max(sizes[7]) <= 7 < max(sizes[32])
+    assert len(sizes[7]) == sum(size <= 7 for size in sizes[32])
+
+
 def test_rows_follow_from_seed_and_index(byte_corpus: Corpus, stories_file: str) -> None:
     task = BabiStories(stories_file, tasks=BOTH)
     row, again = (task.training_row(byte_corpus, **ROW) for _ in range(2))
@@ -236,6 +251,9 @@ def test_wrong_arguments_are_refused(byte_corpus: Corpus, stories_file: str) -> 
         BabiStories(stories_file, tasks=[1, 7]).training_row(byte_corpus, **ROW)
     with pytest.raises(ValueError, match=r"the shortest needs 128 tokens .* length is 96"):
         BabiStories(stories_file, tasks=BOTH).training_row(byte_corpus, **{**ROW, "length": 96})
+    small = {**ROW, "chunk_size": 4}
+    with pytest.raises(ValueError, match=r"shortest answer has \d+ tokens; chunk_size is 4"):
+        BabiStories(stories_file, tasks=BOTH).training_row(byte_corpus, **small)
     with pytest.raises(ValueError, match="length is 1000; it must be a multiple of chunk_size 32"):
         BabiStories(stories_file, tasks=BOTH).evaluation_example(
             byte_corpus, **{**ROW, "length": 1000}

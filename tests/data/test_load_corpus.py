@@ -4,11 +4,20 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from drt.data import SPLITS, Corpus, byte_tokenizer, load_corpus
-from drt.data.reading import MIN_FILE_SHARE, check_path, read_installed_text, read_path
+from drt.data.corpora import corpus_from_texts
+from drt.data.reading import (
+    MIN_FILE_SHARE,
+    TextDocument,
+    check_path,
+    read_installed_text,
+    read_path,
+)
 
 BYTES = byte_tokenizer()
 TEXT = "Ein Satz mit Umlauten: äöü. " * 400
@@ -200,6 +209,16 @@ def test_narrow_tokens_survive_any_vocabulary(
     tokens = [document.tokens for split in SPLITS for document in corpus.documents(split)]
     assert {part.dtype.name for part in tokens} == {"uint16"}
     assert "".join(bpe_tokenizer.decode(part) for part in tokens) == TEXT
+
+
+def test_ids_beyond_the_number_of_entries_survive() -> None:
+    core = Tokenizer(models.WordLevel({"<unk>": 0, "a": 300}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
+    corpus = corpus_from_texts([TextDocument("a", "a " * 6000)], tokenizer)
+    tokens = corpus.documents("train")[0].tokens
+    assert (tokens == 300).all()
+    assert tokens.dtype == np.uint16
 
 
 def test_real_corpora_load(real_data: Path) -> None:

@@ -59,9 +59,9 @@ def tasks(draw: st.DrawFn) -> NeedleTask:
             num_names=draw(st.integers(6, 64)),
         )
     symbols = draw(st.sampled_from(["names", "letters", *(["digits"] if kind == "hops" else [])]))
-    return NeedleTask(
-        kind=kind, symbols=symbols, num_digits=draw(st.integers(2, 5)), **draw(CHAINS)
-    )
+    # The characters of names are what they are; numbers of variables have digits.
+    width = {} if (kind, symbols) == ("hops", "names") else {"num_digits": draw(st.integers(2, 5))}
+    return NeedleTask(kind=kind, symbols=symbols, **width, **draw(CHAINS))
 
 
 def solve(kind: str, text: str, asked: str) -> str:
@@ -235,7 +235,8 @@ def test_questions_for_several_keys_ask_for_different_ones(byte_corpus: Corpus) 
 
 @pytest.mark.parametrize("symbols", ["names", "digits", "letters"])
 def test_symbols(byte_corpus: Corpus, symbols: Any) -> None:
-    task = NeedleTask(kind="hops", symbols=symbols, num_digits=3, num_names=20, num_questions=4)
+    width = {"num_names": 20} if symbols == "names" else {"num_digits": 3}
+    task = NeedleTask(kind="hops", symbols=symbols, num_questions=4, **width)
     pattern = {"names": "|".join(NAMES[:20]), "digits": r"\d{3}", "letters": "[a-z]{3}"}[symbols]
     seen = set()
     for index in range(30):
@@ -330,6 +331,11 @@ def test_batches_of_chains(byte_corpus: Corpus) -> None:
         ({"kind": "hops", "num_hops": 0}, "num_hops is 0; it must be from 1 to 16"),
         ({"kind": "hops", "num_chains": 0}, "num_chains is 0"),
         ({"kind": "hops", "num_keys": 2}, "num_keys is 2; it must be from 1 to 1"),
+        ({"kind": "hops", "num_digits": 9}, "num_digits is 9; kind 'hops' of names has no num_dig"),
+        (
+            {"kind": "hops", "symbols": "letters", "num_names": 13},
+            "num_names is 13; kind 'hops' of letters has no num_names",
+        ),
         ({"kind": "hops", "num_names": 11}, "4 chains of 2 hops need 12 different .* are 11"),
         (
             {"kind": "hops", "symbols": "digits", "num_digits": 1},

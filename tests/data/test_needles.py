@@ -351,6 +351,7 @@ def test_other_texts(byte_corpus: Corpus) -> None:
         ({"num_keys": 2}, "num_keys is 2; it must be from 1 to 1"),
         ({"kind": "multi", "num_keys": 0}, "num_keys is 0"),
         ({"kind": "multi", "num_keys": 5, "num_names": 4}, "num_keys is 5; .* from 1 to 4"),
+        ({"num_names": 8}, "num_names is 8; kind 'single' has no num_names"),
         ({"num_names": 65}, "num_names is 65; it must be from 1 to 64"),
         ({"num_questions": 0}, "num_questions is 0"),
         ({"num_digits": 0}, "num_digits is 0"),

@@ -1,9 +1,11 @@
 import numpy as np
 import pytest
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from drt.data import encode
 from drt.data.sentences import sentence_borders
+from drt.data.tokenization import vocabulary_size
 
 TEXT = (
     'A path, 3.5 miles long. "Was it?" He asked (twice!) and left.\nMr. Fox slept.  It rained. End.'
@@ -34,3 +36,10 @@ def test_closing_marks_need_an_end_before_them(bytes_tokenizer: PreTrainedTokeni
     ids = encode(bytes_tokenizer, 'f(x) is "y" here')
     assert sentence_borders(ids, bytes_tokenizer).tolist() == [0]
     assert sentence_borders(np.array(list(b'so." He')), bytes_tokenizer).tolist() == [4]
+
+
+def test_ids_that_stand_for_nothing_are_no_borders() -> None:
+    core = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, " b.": 2, " c": 300}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
+    assert vocabulary_size(tokenizer) == 301
+    assert sentence_borders(np.array([1, 2, 300, 2]), tokenizer).tolist() == [2]

@@ -72,6 +72,7 @@ def test_fields_may_be_named() -> None:
         ([PLAIN, {"document": None, "summary": "s"}], "x, row 2: it has no text 'document'"),
         ([QUESTIONS, PLAIN], "x, row 2: it has no list 'questions'"),
         ([{**QUESTIONS, "questions": [{}]}], "x, row 1: it has no text 'question'"),
+        ([{**QUESTIONS, "questions": []}] * 2, "x has rows but nothing in their questions"),
     ],
 )
 def test_rows_that_are_no_examples_are_named(rows: list[Any], message: str) -> None:
@@ -95,6 +96,12 @@ def test_the_splits_of_a_folder_and_a_single_file(tmp_path: Path) -> None:
     assert load_summaries(data, "validation")[0].document == "News."
     assert load_summaries(data, "val")[0].document == "News."
     with pytest.raises(ValueError, match=r"no split 'test'; it has \['train', 'validation'\]"):
+        load_summaries(data, "test")
+    # What describes the rows is none of them.
+    (folder / "README.md").write_text("A set.")
+    assert len(load_summaries(data, "train")) == 2
+    write(folder / "test.jsonl", [NEWS, {**NEWS, "highlights": None}])
+    with pytest.raises(ValueError, match="row 2: it has no text or list 'highlights'"):
         load_summaries(data, "test")
     alone = SummaryData(path=str(write(tmp_path / "mine.jsonl", [SEVERAL])))
     assert load_summaries(alone, "train")[0].summaries == ("Short.", "Brief.")

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drt.evaluation import intervals
-from drt.evaluation.intervals import bootstrap_interval, wilson_interval
+from drt.evaluation.intervals import bootstrap_interval, effective_number, wilson_interval
 
 Z_95 = 1.959963984540054
 
@@ -99,3 +99,31 @@ def test_bounds_solve_the_score_equation(n: int, part: float, confidence: float)
 def test_errors(successes: int, n: int, confidence: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         wilson_interval(successes, n, confidence)
+
+
+def test_the_effective_number_of_trials_in_groups() -> None:
+    ones = np.ones(50, dtype=np.int64)
+    assert effective_number(np.arange(50) % 3 == 0, ones) == 50
+    sixes = np.full(50, 6)
+    # Groups whose trials all end alike are one trial each.
+    assert effective_number(6 * (np.arange(50) % 2), sixes) == 50
+    # Where all end alike nothing tells how much groups have in common.
+    assert effective_number(sixes, sixes) == effective_number(0 * sixes, sixes) == 50
+    assert effective_number(np.array([4]), np.array([6])) == 1
+    # Groups that differ less than by chance are no more than what they are.
+    assert effective_number(np.full(50, 3), sixes) == 300
+
+
+@pytest.mark.parametrize("alike", [0.0, 0.1, 0.5, 1.0])
+def test_intervals_of_grouped_trials_hold_the_share(alike: float) -> None:
+    """In 2,000 draws of 20 groups of 6 trials, which share their outcome with some probability."""
+    rng, share, held = np.random.default_rng(0), 0.8, 0
+    for _ in range(2000):
+        common = np.repeat(rng.random((20, 1)) < share, 6, axis=1)
+        own = rng.random((20, 6)) < share
+        hits = np.where(rng.random((20, 1)) < alike, common, own).sum(axis=1)
+        n = effective_number(hits, np.full(20, 6))
+        low, high = wilson_interval(hits.mean() / 6 * n, n)
+        held += low <= share <= high
+    # Taken for independent, those that share half of their outcomes would be held in 0.8 of cases.
+    assert 0.9 <= held / 2000 <= 0.98

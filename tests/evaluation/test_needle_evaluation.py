@@ -117,6 +117,30 @@ def test_a_drt_gets_no_first_token(drt: Checkpoint, gpt2: Checkpoint, text: str)
     assert records["d"]["scores"][0]["recall"] is not None
 
 
+def test_a_first_token_that_a_model_does_not_name_is_refused(gpt2: Checkpoint, text: str) -> None:
+    nameless = GPT2LMHeadModel(GPT2Config(**{**gpt2.model.config.to_dict(), "bos_token_id": None}))
+    checkpoint = gpt2._replace(model=nameless.eval())
+    task = NeedleEvaluationTask(lengths=[128], questions=1, corpus=text, begin_with_bos=True)
+    with pytest.raises(ValueError, match="GPT2LMHeadModel has no bos_token_id"):
+        task.evaluate(checkpoint, title="g")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
+        ({"segment_size": 0}, "segment_size must be at least 1, got 0"),
+        (
+            {"task": NeedleTask(kind="variables"), "depths": [0.5]},
+            "facts of 'variables' keep their order",
+        ),
+    ],
+)
+def test_settings_without_a_meaning_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        NeedleEvaluationTask(**settings)
+
+
 def row(length: int, share: float, *, depth: float | None = None, recall: Any = None) -> Any:
     return {
         "length": length,
@@ -130,6 +154,7 @@ def row(length: int, share: float, *, depth: float | None = None, recall: Any = 
 
 def record(*rows: Any, **changes: Any) -> dict[str, Any]:
     plain = {"left_out": [], "position_limit": None, "beyond_limit": False, "tokenizer": "t"}
+    plain["haystack_tokens"] = 1024
     settings = {"settings": {"task": {"kind": "multi"}}}
     return {"scores": list(rows), **plain, **settings, **changes}
 
@@ -155,6 +180,7 @@ def test_the_table_has_rows_for_each_model() -> None:
     notes = [" ".join(line) for line in lines[9:]]
     assert notes == [
         "note: the models have different tokenizers, so their tokens are not the same text",
+        "note: the haystack of a has 1,024 tokens, which longer contexts repeat",
         "note: longer-than-ten was made for 64 tokens and went on beyond",
     ]
 

@@ -9,13 +9,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from drt import DRTConfig, DRTForCausalLM
 from drt.data import Corpus, NeedleTask, byte_tokenizer, load_corpus
-from drt.evaluation import ask, evaluate_needles, start_reading
+from drt.evaluation import ask, evaluate_needles, needles, start_reading
 from drt.evaluation.comparison import format_table
 from drt.evaluation.inspection import inspect_question
-from drt.evaluation.intervals import wilson_interval
+from drt.evaluation.intervals import effective_number, wilson_interval
 from drt.evaluation.memory import life_peak_rss, peak_rss, reset_peak_rss
 from drt.evaluation.needles import (
     NeedleScore,
+    ScoredAnswer,
     common_chunk_size,
     pooled,
     temporary_memory,
@@ -160,7 +161,7 @@ def test_any_causal_model_is_asked(llama: LlamaForCausalLM, corpus: Corpus) -> N
     assert (score.length, score.depth, score.n, score.recall) == (256, None, 3, None)
     assert score.num_right == 0
     # Wilson's upper end for none of n is z^2 / (n + z^2), z = 1.959964.
-    assert score.exact_match_interval == pytest.approx((0, 3.841459 / 6.841459), abs=1e-6)
+    assert score.exact_match_interval == pytest.approx((0, 3.841459 / 4.841459), abs=1e-6)
 
 
 def test_all_models_are_asked_the_same(
@@ -227,7 +228,7 @@ def test_a_length_beyond_the_positions_is_refused_before_it_is_read(
 def test_scores_of_several_seeds_are_counted_together() -> None:
     def score(right: int, n: int, recall: float | None, peak: int | None) -> NeedleScore:
         interval = wilson_interval(right, n)
-        return NeedleScore(128, 0.5, n, right, right / n, interval, recall, float(n), peak)
+        return NeedleScore(128, 0.5, n, n, right, right / n, interval, recall, float(n), peak)
 
     both = pooled([score(1, 4, 0.25, 7), score(6, 6, 1.0, 9)])
     assert (both.length, both.depth, both.n, both.num_right) == (128, 0.5, 10, 7)
@@ -237,6 +238,28 @@ def test_scores_of_several_seeds_are_counted_together() -> None:
     assert both.seconds_per_example == pytest.approx((4 * 4 + 6 * 6) / 10)
     assert both.peak_rss_bytes == 9
     assert pooled([score(1, 4, None, None)] * 2).recall is None
+
+
+def test_questions_of_one_context_tell_less_than_as_many_contexts(
+    model: DRTForCausalLM, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def say(reading: Any, question: Any, **_: Any) -> ScoredAnswer:
+        asked.append(1)
+        # All of the first context are right, all of the second wrong, of the third one is.
+        return ScoredAnswer([], len(asked) in (1, 2, 3, 7), None, ())
+
+    monkeypatch.setattr(needles, "ask", say)
+    kwargs: dict[str, Any] = {"task": MULTI, "length": 256}
+    score = evaluate_needles(model, corpus, num_questions=9, **kwargs)
+    assert (score.n, score.num_right) == (9, 4)
+    assert score.num_independent == effective_number(np.array([3, 0, 1]), np.array([3, 3, 3])) < 9
+    assert score.exact_match_interval == wilson_interval(
+        4 / 9 * score.num_independent, score.num_independent
+    )
+    both = pooled([score, score])
+    assert both.num_independent == 2 * score.num_independent
 
 
 @pytest.mark.parametrize("place", ["host", "disk"])

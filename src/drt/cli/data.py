@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             action.add_argument("--json", action="store_true", help="the manifests' contents")
     text = "train a byte-level BPE on text"
     action = actions.add_parser("tokenizer", help=text, description=text)
-    action.add_argument("inputs", nargs="+", metavar="INPUT", help="as for prepare --from")
+    action.add_argument(
+        "paths",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="as for prepare --from; of several splits that of training is read",
+    )
+    action.add_argument(
+        "--text-field", default="text", help="field of a row that holds the text [text]"
+    )
     action.add_argument("--vocab-size", type=int, required=True, help="entries, 257 or more")
     action.add_argument("--out", type=Path, required=True, help="new folder of the tokenizer")
 
@@ -80,6 +88,7 @@ def run(options: argparse.Namespace) -> None:
 def _prepare(options: argparse.Namespace) -> None:
     from drt.data.prepared import find_sources, prepare
     from drt.data.tokenization import is_byte_tokenizer, load_tokenizer
+    from drt.hardware import usable_cores
 
     config = _config(options)
     # What is quick to fail comes before what is downloaded.
@@ -87,7 +96,7 @@ def _prepare(options: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(config.tokenizer)
     sources = sources or find_sources(config, options.paths)
     # Bytes are copied sooner than they are sent to another process.
-    cores = 1 if is_byte_tokenizer(tokenizer) else len(os.sched_getaffinity(0))
+    cores = 1 if is_byte_tokenizer(tokenizer) else usable_cores()
     with _Bars() as bars:
         prepare(
             config,
@@ -200,11 +209,16 @@ def _verify(options: argparse.Namespace) -> None:
 
 def _tokenizer(options: argparse.Namespace) -> None:
     from drt.data.bpe import check_new_folder, train_bpe
-    from drt.data.streaming import InputStream, list_inputs
+    from drt.data.prepared.sources import FileSource, find_splits
 
     check_new_folder(options.out)
-    inputs = list_inputs(options.inputs)
-    texts = (piece.text for item in inputs for piece in InputStream(item))
+    splits = find_splits(options.paths)
+    split = next(iter(splits)) if len(splits) == 1 else "train"
+    if split not in splits:
+        raise ValueError(f"there are the splits {sorted(splits)} and none to train on: give one")
+    texts = (
+        piece.text for piece in FileSource(splits[split], text_field=options.text_field).read()
+    )
     tokenizer = train_bpe(texts, options.vocab_size)
     tokenizer.save_pretrained(str(options.out))
     print(f"{options.out}: {len(tokenizer):,} entries")

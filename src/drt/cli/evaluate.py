@@ -111,6 +111,7 @@ def _tasks(options: argparse.Namespace, sources: list[Path | str]) -> dict[str, 
         evaluation = replace(evaluation, lengths=options.lengths)
     own = {name: asdict(task) for name, task in needle_evaluations(evaluation).items()}
     own["needle"] = {key: value for key, value in own["single"].items() if key != "task"}
+    own["babi"] = {key: own["single"][key] for key in ("memory", "memory_dtype", "segment_size")}
     haystack = {} if run is None or run.corpus is None else {"corpus": run.corpus}
     made = {}
     for name in needle_evaluations(evaluation) if options.task == ALL else (options.task,):

@@ -111,7 +111,8 @@ class BabiStories:
             split: which text the haystack is made of.
 
         Raises:
-            ValueError: no story fits in ``length``, or an argument is out of range.
+            ValueError: no story fits in ``length`` with an answer that fits in a chunk, or an
+                argument is out of range.
         """
         rng = generator(seed, index, TRAINING if split == "train" else VALIDATION)
         stories = self.fitting(corpus.tokenizer, length=length, chunk_size=chunk_size)
@@ -178,19 +179,13 @@ class BabiStories:
     ) -> list[EncodedStory]:
         """The stories that have room in ``length`` tokens, in the order of the file.
 
+        Those whose answer has more tokens than a chunk are none of them.
+
         Raises:
             ValueError: there is none, or ``chunk_size`` is out of range.
         """
         check_chunk_size(chunk_size, length)
-        stories = _encoded(self.facts, tuple(self.tasks), tokenizer)
-        fitting = [story for story in stories if story.num_needed(chunk_size) <= length]
-        if not fitting:
-            least = min(story.num_needed(chunk_size) for story in stories)
-            raise ValueError(
-                f"no story of tasks {self.tasks} fits: the shortest needs {least} tokens at "
-                f"chunk_size {chunk_size}; length is {length}"
-            )
-        return fitting
+        return _fitting(self.facts, tuple(self.tasks), tokenizer, length, chunk_size)
 
 
 def load_stories(path: str | Path) -> list[Story]:
@@ -261,6 +256,33 @@ def _encoded(
     if missing:
         raise ValueError(f"{path} has no stories of tasks {missing}")
     return encode_stories([story for story in stories if story.task in tasks], tokenizer)
+
+
+# Gone through once for all rows of a stage, or all questions of a length.
+@lru_cache(maxsize=64)
+def _fitting(
+    path: str,
+    tasks: tuple[int, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    chunk_size: int,
+) -> list[EncodedStory]:
+    stories = _encoded(path, tasks, tokenizer)
+    answerable = [story for story in stories if story.sizes.answer <= chunk_size]
+    fitting = [story for story in answerable if story.num_needed(chunk_size) <= length]
+    if fitting:
+        return fitting
+    if not answerable:
+        shortest = min(story.sizes.answer for story in stories)
+        raise ValueError(
+            f"no story of tasks {list(tasks)} fits: the shortest answer has {shortest} tokens; "
+            f"chunk_size is {chunk_size}"
+        )
+    least = min(story.num_needed(chunk_size) for story in answerable)
+    raise ValueError(
+        f"no story of tasks {list(tasks)} fits: the shortest needs {least} tokens at "
+        f"chunk_size {chunk_size}; length is {length}"
+    )
 
 
 def encode_stories(

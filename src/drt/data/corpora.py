@@ -11,7 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from drt.data.reading import TextDocument, read_installed_text, read_path
-from drt.data.tokenization import encode
+from drt.data.tokenization import encode, vocabulary_size
 
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, Split] = ("train", "held_out")
@@ -171,7 +171,7 @@ def load_corpus(
 
 def corpus_from_texts(texts: Iterable[TextDocument], tokenizer: PreTrainedTokenizerBase) -> Corpus:
     """Return the corpus of named texts."""
-    dtype = np.min_scalar_type(len(tokenizer) - 1)
+    dtype = np.min_scalar_type(vocabulary_size(tokenizer) - 1)
     documents = [
         Document(name=text.name, tokens=encode(tokenizer, text.text, dtype=dtype)) for text in texts
     ]

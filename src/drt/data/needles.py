@@ -61,7 +61,8 @@ class NeedleTask:
     num_keys: int = 1
     """Needles hidden in a row of kind ``multi``; 1 for the others."""
     num_questions: int = 1
-    """Questions of a row; everything is asked for before anything is asked for again."""
+    """Questions of a row; everything is asked for before anything is asked for again, and then an
+    answer may still be in reach of a sliding window: the only one of ``single`` in short rows."""
     num_digits: int = 5
     """Decimal digits of a value (the first may be 0), or characters of a symbol of a chain."""
     num_names: int = len(NAMES)
@@ -102,6 +103,10 @@ class NeedleTask:
             self._check_chains()
         else:
             self._check_unused("num_hops", "num_chains", "symbols")
+        if self.kind == "single" or (self.is_chained and self.symbols != "names"):
+            self._check_unused("num_names")
+        if self.kind == "hops" and self.symbols == "names":
+            self._check_unused("num_digits")
 
     def _check_queries(self) -> None:
         check_range("num_queries", self.num_queries, 1, self.num_keys)
@@ -139,9 +144,8 @@ class NeedleTask:
         """Refuse a value for what this kind does not have: nothing would read it."""
         for name in names:
             if getattr(self, name) != getattr(NeedleTask, name):
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}; kind {self.kind!r} has no {name}"
-                )
+                kind = f"{self.kind!r}" + (f" of {self.symbols}" if self.is_chained else "")
+                raise ValueError(f"{name} is {getattr(self, name)!r}; kind {kind} has no {name}")
 
     @property
     def texts(self) -> NeedleTemplate:

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 XZ_SUFFIX = ".xz"
 ROWS_SUFFIX = ".jsonl"
+JSON_SUFFIX = ".json"
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".tex", ".py", ".c", ".h", ".cpp", ".js", ".rs", ".go")
 
 # Few large files share a budget evenly; of many files the first are read whole instead.
@@ -40,20 +41,18 @@ class TextDocument(NamedTuple):
 def read_path(path: Path, *, max_bytes: int) -> list[TextDocument]:
     """Return the texts of a file, or of all text files below a folder, up to ``max_bytes``.
 
-    A text that does not fit is cut. The files of a folder (but for hidden ones) are taken in the
-    order of the sha256 of their names until ``max_bytes`` are had, and none takes more than its
-    even share, or 1 MiB if that is more.
+    A text that does not fit is cut. The files of a folder (but for hidden ones) and of the folders
+    in it, linked ones too, are taken in the order of the sha256 of their names until ``max_bytes``
+    are had, and none takes more than its even share, or 1 MiB if that is more.
 
     Raises:
         ValueError: nothing is at ``path``, a file is not UTF-8 or not of the format of its suffix,
-            a row has no text, or there is no text at all.
+            or JSON that is not a row a line, a row has no text, or there is no text at all.
     """
     if path.is_dir():
-        names = _text_files(path)
-        if not names:
-            raise ValueError(_nothing_readable(path))
-        texts = _read_files(path, names, max_bytes=max_bytes)
+        texts = _read_files(path, _text_files(path), max_bytes=max_bytes)
     elif path.exists():
+        check_is_text(path)
         texts = list(_read_file(path, name=path.name, max_bytes=max_bytes))
     else:
         raise ValueError(f"no corpus at {path}: there is no such file or folder")
@@ -70,10 +69,24 @@ def check_path(path: Path) -> None:
 
 def list_text_files(folder: Path) -> list[Path]:
     """Return the text files below ``folder`` by name; raise ValueError if there are none."""
-    names = _text_files(folder)
-    if not names:
-        raise ValueError(_nothing_readable(folder))
-    return [folder / name for name in sorted(names)]
+    return [folder / name for name in sorted(_text_files(folder))]
+
+
+def is_rows(path: Path) -> bool:
+    """Whether the name is that of JSON lines, packed or not."""
+    return path.name.removesuffix(XZ_SUFFIX).endswith(ROWS_SUFFIX)
+
+
+def check_is_text(path: Path) -> None:
+    """Refuse a file, given by its own name, that would be taken for one text and is not.
+
+    Raises:
+        ValueError: it is called .json.
+    """
+    if path.name.removesuffix(XZ_SUFFIX).endswith(JSON_SUFFIX):
+        raise ValueError(
+            f"{path} is neither text nor rows: rows are read from {ROWS_SUFFIX}, an object a line"
+        )
 
 
 def read_installed_text(*, max_bytes: int) -> list[TextDocument]:
@@ -125,17 +138,30 @@ def _is_skipped(name: str) -> bool:
 
 
 def _text_files(folder: Path) -> list[str]:
-    names = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
-    return [
+    names = [path.relative_to(folder) for path in _files_below(folder)]
+    found = [
         name.as_posix()
         for name in names
         if not any(part.startswith(".") for part in name.parts)
         and name.as_posix().removesuffix(XZ_SUFFIX).endswith((*TEXT_SUFFIXES, ROWS_SUFFIX))
     ]
+    if not found:
+        raise ValueError(_nothing_readable(folder))
+    return found
+
+
+def _files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """The files of a folder and of those in it, linked ones too; none is gone through in itself."""
+    inside = (*above, folder.resolve())
+    for path in folder.iterdir():
+        if path.is_file():
+            yield path
+        elif path.is_dir() and path.resolve() not in inside:
+            yield from _files_below(path, inside)
 
 
 def _nothing_readable(folder: Path) -> str:
-    found = Counter(path.suffix or path.name for path in folder.rglob("*") if path.is_file())
+    found = Counter(path.suffix or path.name for path in _files_below(folder))
     kinds = ", ".join(f"{count} {suffix}" for suffix, count in found.most_common(5)) or "no files"
     readable = " ".join((*TEXT_SUFFIXES, ROWS_SUFFIX))
     return f"no text in {folder}: found {kinds}; read are {readable}, each also with {XZ_SUFFIX}"
@@ -157,9 +183,8 @@ def _read_files(folder: Path, names: list[str], *, max_bytes: int) -> list[TextD
 
 def _read_file(path: Path, *, name: str, max_bytes: int) -> Iterator[TextDocument]:
     """Yield the texts of a file: one, or one a row. ``.xz`` is unpacked no further than needed."""
-    rows = path.name.removesuffix(XZ_SUFFIX).endswith(ROWS_SUFFIX)
     with _opened(path) as stream:
-        if rows:
+        if is_rows(path):
             yield from _read_rows(stream, path=path, name=name, max_bytes=max_bytes)
         else:
             yield from _read_text(stream, path=path, name=name, max_bytes=max_bytes)

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from drt.data.tokenization import vocabulary_size
+
 _ENDS = ".!?"
 # What may stand between the end of a sentence and the blank after it.
 _CLOSERS = "\"')]}\u2019\u201d"
@@ -49,9 +51,10 @@ def sentence_borders(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> np.
 
 @lru_cache(maxsize=4)
 def _marks(tokenizer: PreTrainedTokenizerBase) -> _Marks:
-    numbers = range(len(tokenizer))
+    numbers = range(vocabulary_size(tokenizer))
     texts = tokenizer.batch_decode([[number] for number in numbers])
-    pieces = tokenizer.convert_ids_to_tokens(list(numbers))
+    # An id may stand for nothing.
+    pieces = [piece or "" for piece in tokenizer.convert_ids_to_tokens(list(numbers))]
     bare = [text.rstrip(_CLOSERS) for text in texts]
     return _Marks(
         ends=np.array([text.endswith(tuple(_ENDS)) for text in bare]),

@@ -10,7 +10,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from drt.data.reading import ROWS_SUFFIX, XZ_SUFFIX, list_text_files, parse_row
+from drt.data.reading import (
+    ROWS_SUFFIX,
+    XZ_SUFFIX,
+    check_is_text,
+    list_text_files,
+    parse_row,
+)
 
 STDIN = "-"
 PIECE_BYTES = 1 << 20
@@ -42,7 +48,8 @@ def list_inputs(paths: list[str]) -> list[TextInput]:
     """The files that are meant, folders opened up, in the order given and then by name.
 
     Raises:
-        ValueError: a path that is not there, a folder without text, or the same file twice.
+        ValueError: a path that is not there, a folder without text, a .json file, or the same file
+            twice.
     """
     inputs: list[TextInput] = []
     for path in paths:
@@ -51,7 +58,11 @@ def list_inputs(paths: list[str]) -> list[TextInput]:
             continue
         if not Path(path).exists():
             raise ValueError(f"there is no file or folder {path}")
-        files = list_text_files(Path(path)) if Path(path).is_dir() else [Path(path)]
+        if Path(path).is_dir():
+            files = list_text_files(Path(path))
+        else:
+            check_is_text(Path(path))
+            files = [Path(path)]
         inputs += [TextInput(str(file), file.stat().st_size) for file in files]
     for name, count in Counter(item.name for item in inputs).items():
         if count > 1:

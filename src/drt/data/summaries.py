@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, overload
 
 from drt.data.prepared.hub import load_hub_splits
 from drt.data.prepared.sources import SPLIT_NAMES, find_splits
-from drt.data.reading import ROWS_SUFFIX, XZ_SUFFIX, json_rows
+from drt.data.reading import ROWS_SUFFIX, is_rows, json_rows
 
 # What the fields of rows are called, in the sets that are known:
 #
@@ -143,6 +143,8 @@ class Summaries(Sequence[SummaryExample]):
                 for row in range(len(rows))
                 for query in range(len(self._list(row, self._summary_field)))
             ]
+            if not self._places:
+                raise ValueError(f"{name} has rows but nothing in their {self._summary_field}")
 
     def __len__(self) -> int:
         return len(self._rows) if self._places is None else len(self._places)
@@ -222,7 +224,8 @@ def load_summaries(source: SummarySource, split: str) -> Summaries:
 
     Raises:
         ImportError: a dataset of the hub is wanted and `datasets` is not installed.
-        ValueError: nothing there, no such split, a file that is not JSON lines, or unknown fields.
+        ValueError: nothing there, no such split, a file that is not JSON lines, unknown fields, or
+            a local row without its texts.
     """
     fields: Any = {"document_field": source.document_field, "summary_field": source.summary_field}
     if source.hub is not None:
@@ -230,10 +233,14 @@ def load_summaries(source: SummarySource, split: str) -> Summaries:
         rows = splits[_known(split, splits, source.hub)]
         return Summaries(rows, name=source.hub, **fields)
     assert source.path is not None
-    files = find_splits([Path(source.path)])
+    files = find_splits([Path(source.path)], rows_only=True)
     chosen = files[_known(SPLIT_NAMES.get(split, split), files, source.path)]
     rows = [row for _, path in chosen for row in _read_rows(path)]
-    return Summaries(rows, name=source.path, **fields)
+    examples = Summaries(rows, name=source.path, **fields)
+    for _ in examples:
+        # A row that lacks something is found now, not in the middle of a run.
+        pass
+    return examples
 
 
 def _known(split: str, splits: dict[str, Any], where: str) -> str:
@@ -243,6 +250,6 @@ def _known(split: str, splits: dict[str, Any], where: str) -> str:
 
 
 def _read_rows(path: Path) -> list[Any]:
-    if not path.name.removesuffix(XZ_SUFFIX).endswith(ROWS_SUFFIX):
+    if not is_rows(path):
         raise ValueError(f"{path} is not a {ROWS_SUFFIX} file: summaries are read from rows")
     return [row for _, row in json_rows(path)]

@@ -148,6 +148,11 @@ def encode_with_offsets(
     return ids, np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])[ends]
 
 
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The largest token id and one: more than there are entries where ids are left out."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of the vocabulary: 32 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=16)

@@ -15,7 +15,13 @@ from drt.data import BabiStories, Corpus, NeedleExample, load_corpus, score_answ
 from drt.data.babi import load_stories
 from drt.data.reading import check_path
 from drt.evaluation.intervals import Interval, wilson_interval
-from drt.evaluation.needles import common_chunk_size, temporary_memory, tokens_needed
+from drt.evaluation.needles import (
+    check_sizes,
+    common_chunk_size,
+    first_token,
+    temporary_memory,
+    tokens_needed,
+)
 from drt.evaluation.progress import token_bar
 from drt.evaluation.reading import check_length, start_reading
 
@@ -67,18 +73,24 @@ class BabiTask:
     """Seed of the examples."""
     memory: Literal["host", "disk"] = "host"
     """Where a DRT keeps chunks while a context is read: in RAM, or in a temporary folder."""
+    memory_dtype: Literal["computed", "float32", "bfloat16", "int8"] = "computed"
+    """How a DRT stores keys and values; computed = in the precision of the run."""
     segment_size: int = 4096
     """Tokens of one forward while a context is read."""
     chunk_size: int | None = None
     """Questions end at multiples of this many tokens; None = the model's, 64 if it has none."""
     beyond_limit: bool = False
     """Whether rotary positions may go on beyond a model's max_position_embeddings."""
+    begin_with_bos: bool = False
+    """Whether to read the model's bos_token_id before each context, as Llama models need it; a DRT
+    gets none."""
 
     def __post_init__(self) -> None:
         if not self.lengths or not self.tasks:
             raise ValueError(f"tasks is {self.tasks} and lengths {self.lengths}: neither may be []")
         if self.n < 1:
             raise ValueError(f"n is {self.n}; it must be 1 or more")
+        check_sizes(chunk_size=self.chunk_size, segment_size=self.segment_size)
 
     def check_data(self) -> None:
         """Raise ValueError if there are no such stories, or no text at `corpus`."""
@@ -97,7 +109,8 @@ class BabiTask:
             `scores` (a mapping of `BabiScore` for each length and task) and `settings`.
 
         Raises:
-            ValueError: no story of a task fits a length, or the model has too few positions.
+            ValueError: no story of a task fits a length, the model has too few positions, or no
+                such first token.
         """
         corpus = load_corpus(self.corpus, checkpoint.tokenizer)
         size = self.chunk_size or common_chunk_size([checkpoint.model.config])
@@ -126,7 +139,12 @@ class BabiTask:
                 example = self._stories(task).evaluation_example(
                     corpus, seed=self.seed, index=0, length=length, chunk_size=chunk_size
                 )
-                check_length(model, tokens_needed(example), beyond_limit=self.beyond_limit)
+                needed = tokens_needed(example) + len(self._first(model))
+                check_length(model, needed, beyond_limit=self.beyond_limit)
+
+    def _first(self, model: Any) -> list[int]:
+        token = first_token(model, wanted=self.begin_with_bos)
+        return [] if token is None else [token]
 
     def _stories(self, task: int) -> BabiStories:
         return BabiStories(facts=self.facts, tasks=[task])
@@ -137,18 +155,20 @@ class BabiTask:
         return min(self.n, there)
 
     def _ask(self, model: Any, example: NeedleExample, chunk_size: int) -> StoryAnswer:
-        (question,) = example.questions
+        (question,), first = example.questions, self._first(model)
         with start_reading(
             model,
             segment_size=self.segment_size,
-            new_memory=partial(temporary_memory, self.memory),
+            new_memory=partial(temporary_memory, self.memory, self.memory_dtype),
             beyond_limit=self.beyond_limit,
         ) as reading:
+            reading.read(torch.tensor(first, dtype=torch.int64))
             reading.read(torch.as_tensor(example.context_ids))
             ids = torch.as_tensor(question.input_ids)
             answer = reading.answer(ids, len(question.answer_ids))
         right = score_answer(answer.token_ids, question.answer_ids)
-        if not answer.retrievals or chunk_size != getattr(model.config, "chunk_size", None):
+        agree = not first and chunk_size == getattr(model.config, "chunk_size", None)
+        if not answer.retrievals or not agree:
             return StoryAnswer(right, None)
         # What one group finds may be what tells the next where to look: together they count.
         found = {int(chunk) for r in answer.retrievals for chunk in r.indices.flatten()}

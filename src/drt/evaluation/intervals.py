@@ -57,7 +57,31 @@ def bootstrap_interval(
     return Interval(float(low), float(high))
 
 
-def wilson_interval(successes: int, n: int, confidence: float = CONFIDENCE) -> Interval:
+def effective_number(successes: np.ndarray, counts: np.ndarray) -> float:
+    """How many trials that know nothing of each other tell as much about their share as these.
+
+    Trials of a group succeed and fail together more often than by chance: their number is divided
+    by the design effect (Kish 1965, "Survey Sampling"), the variance of the share between groups
+    over the variance that it would have of independent trials. The effect is taken as at least 1
+    and at most that of groups whose trials all end alike, which it is too where nothing is known:
+    with all trials alike, or one group.
+
+    Args:
+        successes: (n,) how many trials of each group succeeded.
+        counts: (n,) how many trials each group has, at least 1.
+    """
+    groups, trials = len(counts), int(counts.sum())
+    share = float(successes.sum()) / trials
+    most = float((counts**2).sum()) / trials
+    alike = share * (1 - share) / trials
+    if groups < 2 or alike == 0:
+        return trials / most
+    off = successes - share * counts
+    between = groups / (groups - 1) * float((off**2).sum()) / trials**2
+    return trials / min(max(between / alike, 1.0), most)
+
+
+def wilson_interval(successes: float, n: float, confidence: float = CONFIDENCE) -> Interval:
     """Return Wilson's score interval of a share.
 
     Unlike the interval of the normal approximation it stays within 0 and 1 and keeps its width when
@@ -67,7 +91,8 @@ def wilson_interval(successes: int, n: int, confidence: float = CONFIDENCE) -> I
 
     Args:
         successes: how many trials succeeded, 0 to ``n``.
-        n: how many trials there were, 1 or more.
+        n: how many trials there were, 1 or more; of trials in groups, their effective number, with
+            as large a share of successes.
         confidence: how often such an interval holds the true share, between 0 and 1.
 
     Raises:

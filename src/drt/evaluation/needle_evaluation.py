@@ -14,15 +14,16 @@ from drt.data.reading import check_path
 from drt.data.tokenization import tokenizer_fingerprint
 from drt.evaluation.needles import (
     NeedleScore,
+    check_sizes,
     common_chunk_size,
     evaluate_needles,
+    first_token,
     pooled,
     temporary_memory,
     tokens_needed,
 )
 from drt.evaluation.progress import token_bar
 from drt.evaluation.reading import check_length, position_limit
-from drt.modeling import DRTForCausalLM
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class NeedleEvaluationTask:
     lengths: list[int] = field(default_factory=lambda: [1024])
     """Content tokens of context and question."""
     depths: list[float] | None = None
-    """Where the needle is, each from 0 (start of the context) to 1 (its end); None = anywhere."""
+    """Where the needle is, each from 0 (start of the context) to 1 (its end); None = anywhere. Of
+    several facts that an answer needs it is where the first one is, and the others are anywhere."""
     questions: int = 64
     """Questions at each length, depth and seed."""
     long_from: int = 262144
@@ -80,6 +82,9 @@ class NeedleEvaluationTask:
         for depth in self.depths or ():
             if not 0 <= depth <= 1:
                 raise ValueError(f"depths must be from 0 to 1, got {depth}")
+        if self.depths and self.task.kind == "variables":
+            raise ValueError(f"depths is {self.depths}: facts of 'variables' keep their order")
+        check_sizes(chunk_size=self.chunk_size, segment_size=self.segment_size)
 
     def check_data(self) -> None:
         """Raise ValueError if there is no text at `corpus`."""
@@ -98,7 +103,7 @@ class NeedleEvaluationTask:
             model cannot read), and what they were measured with.
 
         Raises:
-            ValueError: a length that fits neither the task nor the model.
+            ValueError: a length that fits neither the task nor the model, or no such first token.
         """
         model = checkpoint.model
         corpus = load_corpus(self.corpus, checkpoint.tokenizer)
@@ -114,6 +119,7 @@ class NeedleEvaluationTask:
             "beyond_limit": limit is not None
             and any(self._needed(model, corpus, length) > limit.num_tokens for length in done),
             "first_token_id": self._first_token(model),
+            "haystack_tokens": corpus.num_tokens("held_out"),
             "tokenizer": tokenizer_fingerprint(checkpoint.tokenizer),
             "precision": checkpoint.precision,
             "parameters": model.num_parameters(),
@@ -201,9 +207,7 @@ class NeedleEvaluationTask:
         return self.chunk_size or common_chunk_size([model.config])
 
     def _first_token(self, model: Any) -> int | None:
-        if not self.begin_with_bos or isinstance(model, DRTForCausalLM):
-            return None
-        return model.config.get_text_config().bos_token_id
+        return first_token(model, wanted=self.begin_with_bos)
 
     @staticmethod
     def table(records: dict[str, dict[str, Any]]) -> str:
@@ -249,6 +253,12 @@ def _notes(records: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
     if len({record["tokenizer"] for record in records.values()}) > 1:
         yield "note: the models have different tokenizers, so their tokens are not the same text"
     for name, record in records.items():
+        longest = max((row["length"] for row in record["scores"]), default=0)
+        if longest > record["haystack_tokens"]:
+            yield (
+                f"note: the haystack of {name} has {record['haystack_tokens']:,} tokens, which "
+                "longer contexts repeat"
+            )
         limit = record["position_limit"]
         if record["beyond_limit"]:
             yield f"note: {name} was made for {limit:,} tokens and went on beyond"

@@ -9,13 +9,15 @@ from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 
 from drt.data import Corpus, NeedleExample, NeedleQuestion, NeedleTask, score_answer
-from drt.evaluation.intervals import Interval, wilson_interval
+from drt.evaluation.intervals import Interval, effective_number, wilson_interval
 from drt.evaluation.memory import peak_rss, reset_peak_rss
 from drt.evaluation.reading import NewMemory, Reading, check_length, start_reading
 from drt.memory import ChunkMemory, DiskMemory, HostMemory
+from drt.modeling import DRTForCausalLM
 from drt.retrieval import Retrieval
 
 DEFAULT_CHUNK_SIZE = 64
@@ -45,12 +47,15 @@ class NeedleScore(NamedTuple):
     """Where the needle was: 0 the start of the context, 1 its end; None = anywhere."""
     n: int
     """Questions asked."""
+    num_independent: float
+    """As many questions of contexts of their own would tell as much: questions of one context are
+    answered alike more often than by chance (`intervals.effective_number`)."""
     num_right: int
     """Questions whose whole generated answer was right."""
     exact_match: float
     """Their share."""
     exact_match_interval: Interval
-    """Wilson's 95 % interval of that share."""
+    """Wilson's 95 % interval of that share, of `num_independent` questions."""
     recall: float | None
     """Share whose needle chunks were all retrieved; None for a model that retrieves nothing."""
     seconds_per_example: float
@@ -80,6 +85,29 @@ def temporary_memory(
         DiskMemory.create(folder, fingerprint={}, dtype=stored, fsync="never") as memory,
     ):
         yield memory
+
+
+def check_sizes(*, chunk_size: int | None, segment_size: int) -> None:
+    """Raise ValueError for sizes below 1; no chunk size at all is one."""
+    for name, size in (("chunk_size", chunk_size), ("segment_size", segment_size)):
+        if size is not None and size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+
+
+def first_token(model: Any, *, wanted: bool) -> int | None:
+    """The token that is read before each context; None = none is wanted, or the model is a DRT.
+
+    Raises:
+        ValueError: one is wanted of a model that names none.
+    """
+    if not wanted or isinstance(model, DRTForCausalLM):
+        return None
+    found = model.config.get_text_config().bos_token_id
+    if found is None:
+        raise ValueError(
+            f"begin_with_bos: the configuration of {type(model).__name__} has no bos_token_id"
+        )
+    return found
 
 
 def common_chunk_size(configs: Sequence[Any]) -> int:
@@ -162,14 +190,14 @@ def evaluate_needles(
         raise ValueError(f"num_questions must be at least 1, got {num_questions}")
     model.eval()
     first = [] if first_token_id is None else [first_token_id]
-    size = chunk_size or common_chunk_size([model.config])
+    size = common_chunk_size([model.config]) if chunk_size is None else chunk_size
     agree = not first and size == getattr(model.config, "chunk_size", None)
-    answers: list[ScoredAnswer] = []
+    contexts: list[list[ScoredAnswer]] = []
     resettable = reset_peak_rss()
-    started, examples = time.perf_counter(), 0
-    while len(answers) < num_questions:
+    started = time.perf_counter()
+    while sum(map(len, contexts)) < num_questions:
         example = task.evaluation_example(
-            corpus, seed=seed, index=examples, length=length, chunk_size=size, depth=depth
+            corpus, seed=seed, index=len(contexts), length=length, chunk_size=size, depth=depth
         )
         # Before hours of reading, not after.
         check_length(model, len(first) + tokens_needed(example), beyond_limit=beyond_limit)
@@ -178,19 +206,25 @@ def evaluate_needles(
         ) as reading:
             reading.read(torch.tensor(first, dtype=torch.int64))
             reading.read(torch.as_tensor(example.context_ids))
-            answers += [
-                ask(reading, question, chunks_agree=agree) for question in example.questions
-            ]
-        examples += 1
+            contexts.append(
+                [ask(reading, question, chunks_agree=agree) for question in example.questions]
+            )
         if on_context is not None:
             on_context(length)
-    seconds = (time.perf_counter() - started) / examples
-    return _score(length, depth, answers, seconds, peak_rss() if resettable else None)
+    seconds = (time.perf_counter() - started) / len(contexts)
+    return _score(length, depth, contexts, seconds, peak_rss() if resettable else None)
 
 
 def _score(
-    length: int, depth: float | None, answers: list[ScoredAnswer], seconds: float, peak: int | None
+    length: int,
+    depth: float | None,
+    contexts: list[list[ScoredAnswer]],
+    seconds: float,
+    peak: int | None,
 ) -> NeedleScore:
+    answers = [answer for context in contexts for answer in context]
+    hits = np.array([sum(answer.exact_match for answer in context) for context in contexts])
+    independent = effective_number(hits, np.array([len(context) for context in contexts]))
     recalls = [answer.recalled for answer in answers if answer.recalled is not None]
     right, count = sum(answer.exact_match for answer in answers), len(answers)
     return NeedleScore(
@@ -199,7 +233,8 @@ def _score(
         n=count,
         num_right=right,
         exact_match=right / count,
-        exact_match_interval=wilson_interval(right, count),
+        num_independent=independent,
+        exact_match_interval=_interval(right, count, independent),
         recall=sum(recalls) / len(recalls) if recalls else None,
         seconds_per_example=seconds,
         peak_rss_bytes=peak,
@@ -210,6 +245,7 @@ def pooled(scores: Sequence[NeedleScore]) -> NeedleScore:
     """One score of the questions of several at one length, say of other seeds or depths."""
     count, right = sum(s.n for s in scores), sum(s.num_right for s in scores)
     recalls = [(s.recall, s.n) for s in scores if s.recall is not None]
+    independent = sum(s.num_independent for s in scores)
     peaks = [s.peak_rss_bytes for s in scores if s.peak_rss_bytes is not None]
     depths = {s.depth for s in scores}
     return NeedleScore(
@@ -218,8 +254,13 @@ def pooled(scores: Sequence[NeedleScore]) -> NeedleScore:
         n=count,
         num_right=right,
         exact_match=right / count,
-        exact_match_interval=wilson_interval(right, count),
+        num_independent=independent,
+        exact_match_interval=_interval(right, count, independent),
         recall=sum(share * n for share, n in recalls) / count if recalls else None,
         seconds_per_example=sum(s.seconds_per_example * s.n for s in scores) / count,
         peak_rss_bytes=max(peaks) if peaks else None,
     )
+
+
+def _interval(right: int, count: int, independent: float) -> Interval:
+    return wilson_interval(right / count * independent, independent)

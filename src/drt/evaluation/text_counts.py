@@ -9,7 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from drt.data.prepared import PreparedDocument
-from drt.data.tokenization import byte_alphabet
+from drt.data.tokenization import byte_alphabet, vocabulary_size
 
 # How sentence pieces write a space, and a byte that no piece has.
 _SPACE = "\u2581"
@@ -44,7 +44,7 @@ class Spelling:
         alphabet = {symbol: byte for byte, symbol in enumerate(byte_alphabet())}
         of_bytes = alphabet.keys() <= vocabulary.keys()
         special = set(tokenizer.all_special_ids)
-        self._spelled = [b""] * (max(vocabulary.values()) + 1)
+        self._spelled = [b""] * vocabulary_size(tokenizer)
         for token, number in vocabulary.items():
             if number not in special:
                 spelled = _spell_bytes(token, alphabet) if of_bytes else _spell_piece(token)

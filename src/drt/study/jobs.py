@@ -21,6 +21,7 @@ from drt.architectures import DEFAULT_TYPE, check_fields
 from drt.checkpoints import load_checkpoint
 from drt.evaluation.flops import count_flops
 from drt.evaluation.tasks import make_task
+from drt.hardware import usable_cores
 from drt.memory.files import write_whole
 from drt.run_config import CONFIG_FILE, FINAL_FOLDER, RunConfig, load_config, read_mapping
 from drt.study.config import Measurement, StudyConfig, run_config, run_folder
@@ -296,7 +297,7 @@ def _start(command: list[str], job: Job, folder: Path, *, num_workers: int) -> A
     log = here.parent / f"{here.name}-{LOG_FILE}"
     log.parent.mkdir(parents=True, exist_ok=True)
     # Runs side by side would each take all cores otherwise.
-    threads = max((os.cpu_count() or 1) // num_workers, 1)
+    threads = max(usable_cores() // num_workers, 1)
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     with log.open("a") as file:
         return subprocess.Popen(

@@ -318,6 +318,34 @@ def test_what_cannot_be_read_is_named(
         run(bytes_tokenizer, tmp_path / name, tmp_path / "out")
 
 
+def test_what_yields_no_held_out_text_leaves_room_for_another_try(
+    tmp_path: Path, bytes_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    for name in "abcde":
+        (tmp_path / f"{name}.txt").write_text(name * 100)
+
+    def hold_out_one_in(number: int) -> dict[str, Manifest]:
+        config = CorpusConfig(tokenizer="bytes", hold_out_one_in=number)
+        sources = find_sources(config, [tmp_path / f"{name}.txt" for name in "abcde"])
+        return prepare(config, bytes_tokenizer, sources, tmp_path / "out")
+
+    with pytest.raises(ValueError, match="no text for the split validation, one in 1000 of the do"):
+        hold_out_one_in(1000)
+    made = hold_out_one_in(2)
+    assert sum(manifest.total("documents") for manifest in made.values()) == 5
+
+
+@pytest.mark.parametrize("split", ["", "..", "a/b", "tokenizer"])
+def test_a_split_has_the_name_of_a_folder(split: str) -> None:
+    with pytest.raises(ValueError, match="it must be a folder's name"):
+        CorpusConfig(split=split)
+
+
+def test_one_document_of_one_is_not_held_out() -> None:
+    with pytest.raises(ValueError, match="one document in 1 cannot be held out"):
+        CorpusConfig(hub="someone/something", hold_out_one_in=1)
+
+
 def test_a_mended_row_lets_it_go_on(
     tmp_path: Path, bytes_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,8 @@ from drt.data.prepared import (
     verify_split,
 )
 from drt.data.prepared.sources import find_splits
+from drt.data.reading import read_path
+from drt.data.streaming import list_inputs
 
 CONFIG = CorpusConfig(tokenizer="bytes", shard_tokens=3000)
 
@@ -205,6 +207,7 @@ def test_splits_are_what_files_and_folders_are_called(tmp_path: Path) -> None:
         "train": ["1.txt", "x/2.txt"],
         "validation": ["valid.txt"],
     }
+    assert names(find_splits([tmp_path / "a"], rows_only=True)) == {"test": ["test.jsonl.xz"]}
     make(tmp_path / "b", "one.txt", "x/test.txt")
     assert names(find_splits([tmp_path / "b"])) == {"train": ["one.txt", "x/test.txt"]}
 
@@ -222,6 +225,34 @@ def test_text_beside_splits_is_not_left_out_silently(tmp_path: Path) -> None:
         find_splits([tmp_path / "train.txt", tmp_path])
     with pytest.raises(ValueError, match="there is no file or folder"):
         find_splits([tmp_path / "nowhere"])
+
+
+def test_a_text_of_two_splits_is_in_neither(tmp_path: Path) -> None:
+    make(tmp_path / "dev", "train.txt", "val.txt")
+    with pytest.raises(ValueError, match=r"train\.txt is of the split validation by its folder"):
+        find_splits([tmp_path / "dev"])
+    given = [tmp_path / "dev" / "train.txt", tmp_path / "dev" / "val.txt"]
+    assert names(find_splits(given)) == {"train": ["train.txt"], "validation": ["val.txt"]}
+
+
+def test_linked_folders_are_gone_through_but_not_in_themselves(tmp_path: Path) -> None:
+    make(tmp_path / "elsewhere", "1.txt", "x/2.txt")
+    make(tmp_path / "in", "validation/3.txt")
+    (tmp_path / "in" / "train").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "x" / "up").symlink_to(tmp_path / "elsewhere")
+    assert names(find_splits([tmp_path / "in"])) == {
+        "train": ["train/1.txt", "train/x/2.txt"],
+        "validation": ["validation/3.txt"],
+    }
+
+
+def test_json_that_is_not_a_row_a_line_is_no_text(tmp_path: Path) -> None:
+    make(tmp_path, "rows.json")
+    for read in (lambda path: find_splits([path]), lambda path: read_path(path, max_bytes=9)):
+        with pytest.raises(ValueError, match=r"rows\.json is neither text nor rows"):
+            read(tmp_path / "rows.json")
+    with pytest.raises(ValueError, match=r"rows\.json is neither text nor rows"):
+        list_inputs([str(tmp_path / "rows.json")])
 
 
 def test_documents_are_held_out_by_their_names(

@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from drt.data.prepared.format import Manifest, Plan
 from drt.data.prepared.hub import HubSource, load_hub_splits
-from drt.data.prepared.sources import FileSource, Source, find_splits, hold_out
+from drt.data.prepared.sources import FileSource, Source, check_one_in, find_splits, hold_out
 from drt.data.prepared.writing import Progress, check_folder, prepare_split
-from drt.data.tokenization import load_tokenizer, tokenizer_fingerprint
+from drt.data.tokenization import load_tokenizer, tokenizer_fingerprint, vocabulary_size
 
 SHARD_TOKENS = 1 << 27
 """Tokens of a shard: 256 MiB where two bytes hold a token."""
@@ -53,10 +53,20 @@ class CorpusConfig:
     def __post_init__(self) -> None:
         if self.shard_tokens < 1:
             raise ValueError(f"shard_tokens is {self.shard_tokens}; it must be 1 or more")
+        if self.hold_out_one_in is not None:
+            check_one_in(self.hold_out_one_in)
+        if self.split is not None and not _is_folder_name(self.split):
+            raise ValueError(
+                f"split is {self.split!r}; it must be a folder's name, and not {TOKENIZER_FOLDER!r}"
+            )
         if self.hub is None and (self.hub_subset or self.hub_revision or self.hub_files):
             raise ValueError("hub_subset, hub_revision and hub_files need hub, a dataset's name")
         if self.hub is not None and self.split is not None:
             raise ValueError("split is for local text; a dataset of the hub names its splits")
+
+
+def _is_folder_name(split: str) -> bool:
+    return Path(split).name == split and split not in ("", "..", TOKENIZER_FOLDER)
 
 
 def find_sources(config: CorpusConfig, paths: list[Path]) -> dict[str, Source]:
@@ -120,7 +130,7 @@ def make_plan(
     return Plan(
         split=split,
         tokenizer=tokenizer_fingerprint(tokenizer),
-        vocab_size=max(tokenizer.get_vocab().values()) + 1,
+        vocab_size=vocabulary_size(tokenizer),
         end_token=end,
         shard_tokens=config.shard_tokens,
         source=source.describe(),

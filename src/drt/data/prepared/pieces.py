@@ -28,9 +28,10 @@ class Piece(NamedTuple):
 def cut_pieces(parts: Iterable[str], name: str, after: Position) -> Iterator[Piece]:
     """Cut a document into pieces of at most `PIECE_CHARACTERS`.
 
-    A cut is made between a letter or digit and a single space. Tokenizers of the kinds of GPT-2 and
-    Llama begin a word there whatever comes before and after, so that the pieces' tokens are those
-    of the whole text. White space about a line end would not do: it is split by what follows it.
+    A cut is made between a letter or digit and a single space. Byte-level tokenizers (GPT-2, Llama
+    3) begin a word there whatever comes before and after, so that the pieces' tokens are those of
+    the whole text; one that puts a blank before each text (Llama 2) has a token more a piece. White
+    space about a line end would not do: it is split by what follows it.
     Where so many characters have no such space the cut is made at the last, and may cost a token.
 
     Args:

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, Protocol, cast
 
 from drt.data.prepared.format import Position
 from drt.data.prepared.pieces import Piece, cut_pieces
-from drt.data.reading import ROWS_SUFFIX, XZ_SUFFIX, list_text_files
+from drt.data.reading import ROWS_SUFFIX, XZ_SUFFIX, check_is_text, is_rows, list_text_files
 from drt.data.streaming import InputStream, TextInput
 
 START = Position(0, 0)
@@ -99,7 +99,7 @@ class FileSource:
             self.done, before = before, before + path.stat().st_size
             if number < start.file:
                 continue
-            if path.name.removesuffix(XZ_SUFFIX).endswith(ROWS_SUFFIX):
+            if is_rows(path):
                 skipped = start.row if number == start.file else 0
                 yield from self._rows(name, path, number, skipped)
             else:
@@ -161,6 +161,12 @@ class Selection:
         return (piece for piece in self._source.read(start) if self._is_chosen(piece.name))
 
 
+def check_one_in(one_in: int) -> None:
+    """Raise the ValueError of `hold_out`."""
+    if one_in < 2:
+        raise ValueError(f"one document in {one_in} cannot be held out; it must be 2 or more")
+
+
 def hold_out(source: Source, one_in: int) -> dict[str, Source]:
     """Cut a source in two by the sha256 of the documents' names.
 
@@ -171,20 +177,22 @@ def hold_out(source: Source, one_in: int) -> dict[str, Source]:
     Raises:
         ValueError: `one_in` is less than 2.
     """
-    if one_in < 2:
-        raise ValueError(f"one document in {one_in} cannot be held out; it must be 2 or more")
+    check_one_in(one_in)
 
     def is_held_out(name: str) -> bool:
         data = name.encode("utf-8", "surrogateescape")
         return int.from_bytes(hashlib.sha256(data).digest(), "big") % one_in == 0
 
+    # The smaller one first: it may turn out to be empty.
     return {
-        "train": Selection(source, lambda name: not is_held_out(name), f"but one in {one_in}"),
         "validation": Selection(source, is_held_out, f"one in {one_in}"),
+        "train": Selection(source, lambda name: not is_held_out(name), f"but one in {one_in}"),
     }
 
 
-def find_splits(paths: list[Path], *, only: str | None = None) -> dict[str, Files]:
+def find_splits(
+    paths: list[Path], *, only: str | None = None, rows_only: bool = False
+) -> dict[str, Files]:
     """The text files of some paths, by split.
 
     A path, or what is directly inside a folder among the paths, belongs to the split that its name
@@ -194,19 +202,20 @@ def find_splits(paths: list[Path], *, only: str | None = None) -> dict[str, File
     Args:
         paths: files and folders.
         only: read all text as one split of this name, whatever anything is called.
+        rows_only: leave out files of folders that are not JSON lines.
 
     Returns:
         For each split, in the order train, validation, test, its files and what they are called:
         where they are in the path that they were found in.
 
     Raises:
-        ValueError: a path that is not there, a folder without text, the same file twice, or text
-            beside the splits that would be left out.
+        ValueError: a path that is not there, a folder without text, the same file twice, text
+            beside the splits that would be left out, or text of two splits by its names.
     """
     for path in paths:
         if not path.exists():
             raise ValueError(f"there is no file or folder {path}")
-    found = [item for path in paths for item in _files(path)]
+    found = [item for path in paths for item in _files(path, rows_only=rows_only)]
     _check_distinct([path for _, path in found])
     if only is not None:
         return {only: found}
@@ -216,8 +225,13 @@ def find_splits(paths: list[Path], *, only: str | None = None) -> dict[str, File
         # The path itself may be a split's folder, or else what is directly inside it.
         top = path if path in paths else path.parents[name.count("/")]
         words = (top.name.partition(".")[0], name.partition("/")[0].partition(".")[0])
-        split = next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), None)
-        (rest if split is None else splits[split]).append((name, path))
+        named = list(dict.fromkeys(SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES))
+        if len(named) > 1:
+            raise ValueError(
+                f"{path} is of the split {named[0]} by its folder and of {named[1]} by its own "
+                "name: give the files or folders of each split themselves, or rename one"
+            )
+        (splits[named[0]] if named else rest).append((name, path))
     splits = {split: files for split, files in splits.items() if files}
     if splits and rest:
         raise ValueError(
@@ -227,10 +241,14 @@ def find_splits(paths: list[Path], *, only: str | None = None) -> dict[str, File
     return splits or {ALL_TEXT: rest}
 
 
-def _files(path: Path) -> Files:
+def _files(path: Path, *, rows_only: bool) -> Files:
     if not path.is_dir():
+        check_is_text(path)
         return [(path.name, path)]
-    return [(file.relative_to(path).as_posix(), file) for file in list_text_files(path)]
+    files = [file for file in list_text_files(path) if is_rows(file) or not rows_only]
+    if not files:
+        raise ValueError(f"there is no {ROWS_SUFFIX} or {ROWS_SUFFIX}{XZ_SUFFIX} file in {path}")
+    return [(file.relative_to(path).as_posix(), file) for file in files]
 
 
 def _check_distinct(paths: list[Path]) -> None:

@@ -186,7 +186,14 @@ def prepare_split(
             what = f"{error.strerror or error}; {kept}"
             raise OSError(error.errno, what, error.filename or str(folder)) from error
         if not manifest.total("documents"):
-            raise ValueError(f"there is no text for the split {plan.split}")
+            # Not in the way of another try.
+            _remove_rest(folder, 0)
+            (folder / MANIFEST_FILE).unlink()
+            chosen = plan.source.get("selection")
+            raise ValueError(
+                f"there is no text for the split {plan.split}"
+                + (f", {chosen} of the documents" if chosen else "")
+            )
         _remove_rest(folder, len(manifest.shards))
         manifest = replace(manifest, complete=True)
         manifest.write(folder)
@@ -239,5 +246,6 @@ def _write_shards(
 
 
 def _remove_rest(folder: Path, num_shards: int) -> None:
-    """Remove the file of a shard that was begun and got no document."""
-    (folder / shard_files(num_shards).tokens).unlink(missing_ok=True)
+    """Remove the files of the last shard, which got no document."""
+    for name in shard_files(num_shards):
+        (folder / name).unlink(missing_ok=True)
