@@ -1,5 +1,6 @@
 """A config is what was asked for, or an error that names the value."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ def test_layers_are_counted_from_groups() -> None:
         ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
         ({"sliding_window": -3}, "sliding_window must be at least 1, got -3"),
         ({"retrieval_noise": -1.0}, r"retrieval_noise must not be negative, got -1\.0"),
+        ({"retrieval_noise": math.nan}, "retrieval_noise must not be negative, got nan"),
+        ({"rms_norm_eps": -1.0}, r"rms_norm_eps must not be negative, got -1\.0"),
+        ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads must be at least 1"),
         ({"num_encoder_layers": -1}, "num_encoder_layers must not be negative, got -1"),
         ({"retrieval_groups": [0]}, r"at least 1 layer, got \[0\]"),
         ({"retrieval_groups": [3, 2]}, "hold 5 layers, the model has num_hidden_layers = 4"),
@@ -67,3 +71,9 @@ def test_wrong_sizes_raise(changes: dict[str, Any], message: str) -> None:
 def test_wrong_types_raise(changes: dict[str, Any]) -> None:
     with pytest.raises(StrictDataclassError, match=next(iter(changes))):
         tiny_config(**changes)
+
+
+def test_what_quantizing_writes_is_read_again(tmp_path: Path) -> None:
+    config = tiny_config(quantization_config={"quant_method": "torchao"})
+    config.save_pretrained(tmp_path)
+    assert DRTConfig.from_pretrained(tmp_path).quantization_config == config.quantization_config

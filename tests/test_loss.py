@@ -242,10 +242,11 @@ def test_evaluation_and_generation_have_logits() -> None:
     assert list(model(ids, labels=ids).keys()) == ["loss"]
 
 
-def test_a_resized_model_still_has_its_head() -> None:
-    model = DRTForCausalLM(tiny_config(loss_chunk_size=16)).train()
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_resized_model_still_has_its_head(tied: bool) -> None:
+    model = DRTForCausalLM(tiny_config(loss_chunk_size=16, tie_word_embeddings=tied)).train()
     model.resize_token_embeddings(70)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     ids = torch.randint(0, 70, (2, 40))
     assert model(ids, labels=ids).loss.isfinite()
 

@@ -165,7 +165,7 @@ def test_chunks_are_closed_early_at_random_in_training_only(ids: torch.Tensor) -
 def test_a_state_in_training_is_refused_where_it_would_take_gradients(ids: torch.Tensor) -> None:
     model = DRTForCausalLM(tiny_config()).train()
     for given in ({"use_cache": True}, {"past_key_values": model.new_state(2)}):
-        with pytest.raises(ValueError, match="the chunk encoder would not learn"):
+        with pytest.raises(ValueError, match="a state remembers without gradients"):
             model(ids, labels=ids, **given)
     model.eval()
     state = model.new_state(2)

@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import drt.baselines  # noqa: F401  (registers them with the Auto classes too)
 from drt.configuration import DRTConfig
 from drt.decoding_graph import DecodingGraph
 from drt.memory import (

@@ -11,7 +11,7 @@ from drt.unknown_keys import refuse_unknown
 # What transformers itself adds to a config or to config.json beside the declared fields.
 _FOREIGN_KEYS = frozenset(
     {"transformers_version", "model_type", "auto_map", "torch_dtype", "_name_or_path"}
-    | {"_commit_hash"}
+    | {"_commit_hash", "quantization_config"}
     | {"_attn_implementation", "_attn_implementation_internal", "attn_implementation"}
     | {"_experts_implementation", "experts_implementation", "num_labels", "name_or_path"}
 )
@@ -69,7 +69,7 @@ class DecoderConfig(PreTrainedConfig):
         refuse_unknown_fields(type(self), kwargs)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None:
+        if self.head_dim is None and self.num_attention_heads > 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
         self._check()
@@ -82,6 +82,10 @@ class DecoderConfig(PreTrainedConfig):
             "loss_chunk_size",
         )
 
+    def _not_negative_fields(self) -> tuple[str, ...]:
+        """Names of the fields that must be at least 0."""
+        return ("rms_norm_eps", "initializer_range")
+
     @property
     def _rotates(self) -> bool:
         """Whether any attention has rotary positions."""
@@ -93,6 +97,10 @@ class DecoderConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in self._not_negative_fields():
+            # Written so that NaN fails too.
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         assert kv_heads is not None
         assert self.head_dim is not None
@@ -179,11 +187,11 @@ class DRTConfig(DecoderConfig):
     def _positive_fields(self) -> tuple[str, ...]:
         return (*super()._positive_fields(), "chunk_size", "retrieval_topk", "landmark_size")
 
+    def _not_negative_fields(self) -> tuple[str, ...]:
+        return (*super()._not_negative_fields(), "retrieval_noise", "num_encoder_layers")
+
     def _check(self) -> None:
         super()._check()
-        for name in ("retrieval_noise", "num_encoder_layers"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.early_close_rate <= self.chunk_size:
             raise ValueError(
                 f"early_close_rate must be from 0 to chunk_size = {self.chunk_size}, "

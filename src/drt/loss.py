@@ -169,6 +169,18 @@ class LanguageModelHead(nn.Linear):
         return _ChunkedLosses.apply(input, self.weight, targets, chunk_size, dtype)
 
 
+class LanguageModelHeadMixin:
+    """Of models whose `lm_head` is a `LanguageModelHead`, with a resized vocabulary too."""
+
+    lm_head: nn.Module
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Take another head; a plain linear layer, as resizing makes it, lends its weight."""
+        if type(new_embeddings) is nn.Linear and new_embeddings.bias is None:
+            new_embeddings = LanguageModelHead.of(new_embeddings)
+        self.lm_head = new_embeddings
+
+
 class _ChunkedLosses(torch.autograd.Function):
     """(..., E) hidden states, (V, E) head and (...) targets to (...) losses."""
 

@@ -20,6 +20,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from drt.arguments import check_labels, check_state, loss_kwargs, make_marks
 from drt.block_retrieval import chunks_of_blocks
+from drt.cache import check_trains_without
 from drt.chunking import ChunkRules, Cursor, Marks, SegmentLayout, plan_segment
 from drt.configuration import DRTConfig
 from drt.generation import DRTGeneration
@@ -33,7 +34,7 @@ from drt.layers import (
     landmark_projection,
     rotary_factors,
 )
-from drt.loss import LanguageModelHead, predict
+from drt.loss import LanguageModelHead, LanguageModelHeadMixin, predict
 from drt.memory import ChunkMemory, TrainingMemory
 from drt.reading_ahead import DRTReading
 from drt.retrieval import Retrieval
@@ -263,7 +264,9 @@ def _layers_of_groups(config: DRTConfig) -> list[range]:
     return groups
 
 
-class DRTForCausalLM(DRTPreTrainedModel, DRTReading, DRTGeneration, GenerationMixin):
+class DRTForCausalLM(
+    LanguageModelHeadMixin, DRTPreTrainedModel, DRTReading, DRTGeneration, GenerationMixin
+):
     """The Differentiable Retrieval-based Transformer with a language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
@@ -276,12 +279,6 @@ class DRTForCausalLM(DRTPreTrainedModel, DRTReading, DRTGeneration, GenerationMi
         self.model = self._model_class(config)
         self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size)
         self.post_init()
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Take another head; a plain linear layer, as resizing makes it, lends its weight."""
-        if type(new_embeddings) is nn.Linear and new_embeddings.bias is None:
-            new_embeddings = LanguageModelHead.of(new_embeddings)
-        self.lm_head = new_embeddings
 
     def new_state(self, batch_size: int = 1, *, memory: ChunkMemory | None = None) -> DRTState:
         """An empty decoding state.
@@ -397,11 +394,7 @@ class DRTForCausalLM(DRTPreTrainedModel, DRTReading, DRTGeneration, GenerationMi
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         columns: Any = input_ids if inputs_embeds is None else inputs_embeds
         state = past_key_values
-        if self.training and torch.is_grad_enabled() and (use_cache or state is not None):
-            raise ValueError(
-                "a state remembers without gradients, so that the chunk encoder would not learn: "
-                "train on whole rows, without past_key_values and use_cache, or call model.eval()"
-            )
+        check_trains_without(state, self, use_cache=use_cache)
         if state is None and use_cache:
             state = self.new_state(columns.shape[0])
         check_state(state, columns)

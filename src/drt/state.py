@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
+from drt.cache import ForkedCache
 from drt.chunking import Cursor, Marks, SegmentLayout
 from drt.configuration import DRTConfig
 from drt.memory import ChunkMemory, DeviceMemory
@@ -144,7 +144,7 @@ class PlainSteps(Protocol):
         ...
 
 
-class DRTState(Cache):
+class DRTState(ForkedCache):
     """What `DRTForCausalLM` carries from one forward to the next; made by `model.new_state()`.
 
     Tensors in it are replaced, never written to, so a fork is a shallow copy.
@@ -301,29 +301,10 @@ class DRTState(Cache):
         """Content tokens read of the longest row."""
         return max(self.num_tokens)
 
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        """-1: there is no limit."""
-        return -1
-
     @property
     def batch_size(self) -> int:
         """Rows."""
         return len(self.cursors)
-
-    @property
-    def is_compileable(self) -> bool:
-        """False: its shapes change."""
-        return False
-
-    @property
-    def is_initialized(self) -> bool:
-        """Whether anything has been read."""
-        return max(self.num_tokens) > 0
-
-    @property
-    def is_croppable(self) -> bool:
-        """False: what left the window is gone; fork before what you may want to undo."""
-        return False
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -348,24 +329,3 @@ class DRTState(Cache):
         if self.recent_ids is not None:
             self.recent_ids = self.recent_ids[beam_idx]
         self.memory = self.memory.select_rows(rows)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row, copies side by side; they share the memory."""
-        rows = torch.arange(self.batch_size).repeat_interleave(repeats)
-        self.reorder_cache(rows)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows with these numbers."""
-        self.reorder_cache(indices)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Refused: what left the window is gone."""
-        raise NotImplementedError("DRTState cannot be cropped: fork() it before reading instead")
-
-    def reset(self) -> None:
-        """Refused: make a new state."""
-        raise NotImplementedError("make a new state with model.new_state(batch_size)")
-
-    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Refused: the model itself writes its state."""
-        raise NotImplementedError("a DRTState is written by DRTForCausalLM only")

@@ -259,3 +259,20 @@ def test_memory_of_a_training_step_is_linear(largest_tensor: Any) -> None:
             sizes.append(largest.numel)
         # Twice the tokens, twice the largest tensor, but for what fills up the last block.
         assert sizes[1] < 2.2 * sizes[0]
+
+
+def test_a_state_is_not_trained_through(model: BaselineForCausalLM, ids: Tensor) -> None:
+    model.train()
+    for arguments in ({"use_cache": True}, {"past_key_values": model.new_state()}):
+        with pytest.raises(ValueError, match="a state remembers without gradients"):
+            model(ids, **arguments)
+    with torch.no_grad():
+        assert model(ids, use_cache=True).past_key_values.num_tokens == ids.shape[1]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_resized_model_still_has_its_head(name: str, tied: bool, ids: Tensor) -> None:
+    model = make_model(name, tie_word_embeddings=tied, loss_chunk_size=8).train()
+    model.resize_token_embeddings(70)
+    assert model(ids, labels=ids).loss.isfinite()

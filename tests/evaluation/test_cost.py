@@ -116,6 +116,7 @@ def test_a_table_and_a_figure_of_two_models(tmp_path: Path) -> None:
         ({"num_chunks": 1}, "num_chunks must be at least 2, got 1"),
         ({"num_repeats": 0}, "num_repeats must be at least 1"),
         ({"training_length": 1}, "training_length must be at least 2"),
+        ({"lengths": [8], "training_length": 513}, "has 512 positions .* 513 tokens need more"),
         # The text, one token, and two chunks of 64.
         ({"lengths": [400]}, "has 512 positions .* 529 tokens need more"),
     ],

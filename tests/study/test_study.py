@@ -1,5 +1,6 @@
 """A small study from start to end, stopped, gone on with, and what it refuses."""
 
+import re
 import shutil
 from pathlib import Path
 from threading import Thread
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from drt import hardware
 from drt.checkpoints import load_checkpoint
 from drt.cli.main import main
 from drt.data import byte_tokenizer
@@ -15,9 +17,10 @@ from drt.data.prepared import CorpusConfig, find_sources, prepare
 from drt.evaluation.tasks import make_task
 from drt.run_config import read_mapping
 from drt.study import Job, load_study, plan_jobs, run_job
-from drt.study.config import run_config, run_folder
+from drt.study.config import Curve, run_config, run_folder
+from drt.study.figures import draw_curve
 from drt.study.jobs import alone, check_jobs, facts_of, is_done, results_of, run_all
-from drt.study.report import Results, find, write_page
+from drt.study.report import Results, _best, find, write_page
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -217,7 +220,7 @@ def test_rows_are_compared_where_both_were_measured(study_file: Path) -> None:
         for other in ("third", "window")
         for seed in ("0", "1", "all")
     ]
-    assert "| test | seed | 128 | 32 |" in page.read_text()
+    assert "| test | seed | 128 (4 documents) | 32 (4 documents) |" in page.read_text()
     assert all(cells[3] == " |" for cells in table[:3])
     assert all(cells[3] != " |" for cells in table[3:])
 
@@ -298,6 +301,42 @@ def test_nothing_is_trained_before_all_rows_are_seen_to_be_right(
     assert main(["study", str(study_file), override, "--output", str(folder)]) == 2
     assert message in capsys.readouterr().err
     assert not folder.exists()
+
+
+def test_questions_must_end_alike_for_all_rows(
+    study_file: Path, capsys: pytest.CaptureFixture[str], small_model: dict[str, Any]
+) -> None:
+    folder = study_file.parent / "runs"
+    sizes = sorted([8, small_model["chunk_size"]])
+    words = ["rows.last={model: {chunk_size: 8}}", "measurements.more={task: needle}"]
+    assert main(["study", str(study_file), *words, "--output", str(folder)]) == 2
+    message = f"'more' has no chunk_size, and rows have chunks of {sizes} tokens"
+    assert message in capsys.readouterr().err
+    assert not folder.exists()
+
+
+def test_no_row_is_the_best_of_a_table_that_is_not_whole(study_file: Path) -> None:
+    study, folder = load_study(study_file, []), study_file.parent / "runs"
+    page = study_file.parent / "page.md"
+    jobs = plan_jobs(study)
+    for job in jobs[:-1]:
+        run_job(study, job, folder)
+    write_page(study, folder, page, command="drt study small")
+    (name,) = study.columns
+    assert _best(Results(study, folder), study.columns[name]) is None
+    assert "rows are means over other seeds, and none is the best" in page.read_text()
+    run_job(study, jobs[-1], folder)
+    write_page(study, folder, page, command="drt study small")
+    assert "not done" not in page.read_text()
+    best = _best(Results(study, folder), study.columns[name])
+    assert best is not None
+    assert hardware.describe() in page.read_text()
+    # A run that diverged is none either, whatever row it is of.
+    for seed in study.seeds:
+        file = run_folder(folder, best, seed) / "results.json"
+        text = re.sub(r'"perplexity": [\d.]+', '"perplexity": NaN', file.read_text())
+        file.write_text(text)
+    assert _best(Results(study, folder), study.columns[name]) not in (best, None)
 
 
 def test_a_row_that_is_changed_is_not_shown_with_what_it_was(study_file: Path) -> None:
@@ -397,6 +436,13 @@ def test_records_are_searched_by_key_number_and_entry() -> None:
     assert find(record, "") == record
     with pytest.raises(ValueError, match="'length' is no item of a list"):
         find(record, "rows.length")
+    # Of two depths neither is meant.
+    record["rows"].append({"length": 16, "x": 3.5})
+    with pytest.raises(ValueError, match="2 items have length=16"):
+        find(record, "rows.length=16.x")
+    curve = Curve(measurement="test", values="rows", x="length", y="x")
+    with pytest.raises(ValueError, match="several points of a run have one length"):
+        draw_curve(Path("unwritten.png"), {"a": [record["rows"]]}, curve=curve, title="x")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM
 
 from drt.checkpoints import load_checkpoint
 from drt.data import byte_tokenizer, load_corpus
@@ -18,25 +18,13 @@ from drt.training.callbacks import PROGRESS_FILE, latest_checkpoint
 from drt.training.curriculum import LEAD_STEPS, SETTLING_STEPS, Curriculum
 from drt.training.materials import make_materials
 
+from .watching import StopAfter, StoppedError, add_callback
+
 
 def metrics(config: RunConfig) -> list[dict[str, Any]]:
     lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
     timed = {"seconds", "tokens_per_second", "tflops"}
     return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
-
-
-class StoppedError(Exception):
-    pass
-
-
-class StopAt(TrainerCallback):
-    """Raises in the middle of training, as Ctrl-C or a kill would."""
-
-    step = 0
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise StoppedError
 
 
 @pytest.mark.parametrize(("stop", "optimizer"), [(43, "adamw"), (46, "muon"), (55, "muon")])
@@ -50,19 +38,10 @@ def test_a_stopped_run_goes_on_with_the_same_curve(
     run_config = replace(run_config, training=replace(run_config.training, optimizer=optimizer))
     train(run_config)
     whole = replace(run_config, output_dir=str(tmp_path / "stopped"))
-    monkeypatch.setattr(StopAt, "step", stop)
-    from drt.training import run
-
-    add = run._replace_callbacks
-
-    def with_stop(trainer: Any, *rest: Any) -> None:
-        add(trainer, *rest)
-        trainer.add_callback(StopAt())
-
-    monkeypatch.setattr(run, "_replace_callbacks", with_stop)
-    with pytest.raises(StoppedError):
-        train(whole)
-    monkeypatch.setattr(run, "_replace_callbacks", add)
+    with monkeypatch.context() as patch:
+        add_callback(StopAfter(stop), patch)
+        with pytest.raises(StoppedError):
+            train(whole)
     train(whole, resume=True)
     # The stage changes inside the run, at a step after which one of the stops is.
     assert {line["length"] for line in metrics(run_config)} == {128, 256}
@@ -198,10 +177,23 @@ def test_questions_end_at_the_models_chunks_or_at_those_that_are_given(
         source = make_materials(replace(run_config, **changes)).source
         assert isinstance(source, NeedleSteps)
         assert source.chunk_size == wanted
+    # Those that are asked on the way too.
+    asked = replace(
+        run_config,
+        model=llama,
+        chunk_size=16,
+        stages=[replace(run_config.stages[0], length=112)],
+        training=replace(run_config.training, tokens_per_step=224, num_steps=1, evaluate_every=1),
+        output_dir=f"{run_config.output_dir}-asked",
+    )
+    train(asked)
+    assert "single_exact_match" in metrics(asked)[-1] | metrics(asked)[0]
     # With the chunks of the model that it begins with, whose rows would not fit.
     saved = train(replace(run_config, training=replace(run_config.training, num_steps=1)))
     begun = replace(run_config, model={}, initial=str(saved))
-    assert make_materials(begun).source.chunk_size == small_model["chunk_size"]
+    source = make_materials(begun).source
+    assert isinstance(source, NeedleSteps)
+    assert source.chunk_size == small_model["chunk_size"]
     with pytest.raises(ValueError, match="row length 128 must be a multiple of chunk_size 24"):
         make_materials(replace(begun, model={"chunk_size": 24}))
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from drt.architectures import make_config, make_model
 from drt.checkpoints import load_checkpoint
 from drt.data import byte_tokenizer
+from drt.data.bpe import train_bpe
 from drt.data.prepared import CorpusConfig, TokenRows, find_sources, prepare
 from drt.run_config import RunConfig, load_config, overlay
 from drt.training import train
@@ -141,6 +142,20 @@ def test_a_run_goes_on_from_another_model(prepared: Path, small_model: dict[str,
         train(replace(config, model={"hidden_size": 32}, output_dir=str(final) + "-x"))
     with pytest.raises(ValueError, match="cannot go on from an initial model of type drt"):
         train(replace(config, model=LLAMA, output_dir=str(final) + "-y"))
+
+
+def test_a_model_does_not_go_on_in_other_tokens(
+    tmp_path: Path, prepared: Path, small_model: dict[str, Any]
+) -> None:
+    # As many entries as bytes have, and other ones.
+    tokenizer = train_bpe(["abcd efgh ijkl mnop " * 9], 258)
+    model = make_model(make_config(small_model, tokenizer), seed=0)
+    for part in (model, tokenizer):
+        part.save_pretrained(str(tmp_path / "initial"))
+    config = text_run(prepared, {})
+    with pytest.raises(ValueError, match=r"is not the initial model's: \d+ of its 258 entries are"):
+        train(replace(config, initial=str(tmp_path / "initial")))
+    assert not Path(config.output_dir).exists()
 
 
 def test_every_row_comes_once_an_epoch(prepared: Path) -> None:

@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
 from drt.arguments import check_labels, loss_kwargs, make_marks
+from drt.cache import ForkedCache, check_trains_without
 from drt.configuration import DecoderConfig
 from drt.layers import DRTRMSNorm
-from drt.loss import LanguageModelHead, predict
+from drt.loss import LanguageModelHead, LanguageModelHeadMixin, predict
 
 
 class KeyValues(NamedTuple):
@@ -47,7 +47,7 @@ class KeyValues(NamedTuple):
         return KeyValues(*(x if length <= 2 * count else x.clone() for x in parts))
 
 
-class BaselineState(Cache):
+class BaselineState(ForkedCache):
     """What a baseline carries from one forward to the next, made by `model.new_state()`.
 
     All rows have read the same number of tokens. Tensors in it are replaced, never written to, so
@@ -85,57 +85,15 @@ class BaselineState(Cache):
             for held in self.held
         ]
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows with these numbers."""
-        self.reorder_cache(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row, copies side by side."""
-        if self.batch_size is not None:
-            self.reorder_cache(torch.arange(self.batch_size).repeat_interleave(repeats))
-
-    # What transformers asks of a cache.
-
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Content tokens read."""
         return self.num_tokens
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        """-1: there is no limit."""
-        return -1
-
-    @property
-    def is_compileable(self) -> bool:
-        """False: its shapes change."""
-        return False
-
-    @property
-    def is_initialized(self) -> bool:
-        """Whether anything has been read."""
-        return self.num_tokens > 0
-
-    @property
-    def is_croppable(self) -> bool:
-        """False: what left the window is gone; fork before what you may want to undo."""
-        return False
 
     def __len__(self) -> int:
         return len(self.held)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(num_tokens={self.num_tokens})"
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Refused: what left the window is gone."""
-        raise NotImplementedError(f"a {type(self).__name__} cannot be cropped: fork() it before")
-
-    def reset(self) -> None:
-        """Refused: make a new state."""
-        raise NotImplementedError("make a new state with model.new_state()")
-
-    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Refused: the model itself writes its state."""
-        raise NotImplementedError(f"a {type(self).__name__} is written by its model only")
 
 
 @dataclass
@@ -180,7 +138,7 @@ class BaselineModel(BaselinePreTrainedModel):
         raise NotImplementedError
 
 
-class BaselineForCausalLM(BaselinePreTrainedModel, GenerationMixin):
+class BaselineForCausalLM(LanguageModelHeadMixin, BaselinePreTrainedModel, GenerationMixin):
     """A `BaselineModel` with a language-model head; subclasses name their classes only."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
@@ -230,11 +188,12 @@ class BaselineForCausalLM(BaselinePreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: ids, masks or a state of a wrong shape or kind, padding that cannot be
-                read, or an unknown argument.
+                read, an unknown argument, or a state in training mode with gradients.
         """
         extra = loss_kwargs(kwargs)
         check_labels(labels, logits_to_keep, output_token_losses=output_token_losses)
         state = past_key_values
+        check_trains_without(state, self, use_cache=use_cache)
         if state is None and use_cache:
             state = self.new_state()
         _check_ids(input_ids, state)

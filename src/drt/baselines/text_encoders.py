@@ -61,8 +61,9 @@ def hashed_ngrams(ids: Tensor, lengths: Tensor) -> Tensor:
 
     The c occurrences of an n-gram add (1 + log c) to one of 256 numbers or take it away; hashes of
     the n-gram say which. All n-grams count alike, however frequent elsewhere (there is no inverse
-    document frequency), but for a sixteenth that is hashed too, so that two unequal chunks hardly
-    ever score exactly the same. A pure function of the ids.
+    document frequency), but for a sixteenth that is hashed too, so that two unequal chunks of eight
+    tokens or more hardly ever score exactly the same; of four, most share nothing and score 0. A
+    pure function of the ids.
 
     Args:
         ids: (N, S) int64, -1 or more.

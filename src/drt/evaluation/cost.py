@@ -83,13 +83,15 @@ class CostTask:
             forward and backward, or None.
 
         Raises:
-            ValueError: a length is beyond the model's positions.
+            ValueError: a length, that of training included, is beyond the model's positions.
         """
         measuring = _Measuring(self, checkpoint)
         lengths = sorted(set(self.lengths))
         for length in lengths:
             tokens = length + 1 + self.num_chunks * measuring.chunk_size
             check_length(checkpoint.model, tokens, beyond_limit=self.beyond_limit)
+        if self.training_length is not None:
+            check_length(checkpoint.model, self.training_length, beyond_limit=self.beyond_limit)
         samples: dict[int, list[dict[str, Any]]] = {length: [] for length in lengths}
         steps: list[dict[str, Any]] = []
         total = self.num_repeats * sum(lengths)

@@ -185,7 +185,7 @@ def pooled_difference(
     """`paired_difference` of two kinds of models, of each of which there are several runs.
 
     The `ratio` is the geometric mean over the pairs of runs, and its interval that of other
-    documents and other pairs. Of few pairs it is an indication: three do not show how far a fourth
+    documents and other pairs: wide of two or three pairs, which show little of how far a fourth
     may lie.
 
     Args:

@@ -1,5 +1,6 @@
 """How sure a mean over documents and a share of successes are."""
 
+import math
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -31,6 +32,10 @@ def bootstrap_interval(
     several runs on the same documents, runs are drawn anew as well, apart from the documents (Owen
     2007, "The pigeonhole bootstrap"), and the mean over the runs drawn is taken.
 
+    Drawing anew from a few shows too little of what others would differ in. How far resamples are
+    from the estimate, for other documents and for other runs, is therefore widened, as Student's t
+    is for a mean of n: by sqrt(n / (n - 1)) and by its quantile over the normal one.
+
     Args:
         sums: (n,) float64, one number a document; (R, n) of R runs.
         counts: (n,) int64, at least 1, what a sum is divided by.
@@ -52,9 +57,31 @@ def bootstrap_interval(
         means.append(drawn @ runs.T / (drawn @ counts)[:, None])
     by_run = np.concatenate(means)
     weights = rng.multinomial(len(runs), [1 / len(runs)] * len(runs), size=num_resamples)
+    estimate, of_documents = runs.sum() / (len(runs) * counts.sum()), by_run.mean(axis=1)
+    of_runs = (by_run * weights).sum(axis=1) / len(runs) - of_documents
+    drawn = _widening(count) * (of_documents - estimate) + _widening(len(runs)) * of_runs
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile((by_run * weights).sum(axis=1) / len(runs), [tail, 1 - tail])
+    low, high = estimate + np.quantile(drawn, [tail, 1 - tail])
     return Interval(float(low), float(high))
+
+
+def _widening(count: int) -> float:
+    """How much wider an interval of Student's t is than a bootstrap's quantiles; 1 of one number.
+
+    The quantile of t is exact at 1 and 2 degrees of freedom and an expansion in their inverse from
+    3 on (Fisher and Cornish 1960), of which the first four terms err by less than 1 %.
+    """
+    if count < 2:
+        return 1.0
+    z, free = NormalDist().inv_cdf((1 + CONFIDENCE) / 2), count - 1
+    if free == 1:
+        t = math.tan(math.pi * CONFIDENCE / 2)
+    elif free == 2:
+        t = CONFIDENCE * math.sqrt(2 / (1 - CONFIDENCE**2))
+    else:
+        t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
+        t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * free**3)
+    return math.sqrt(count / free) * t / z
 
 
 def effective_number(successes: np.ndarray, counts: np.ndarray) -> float:

@@ -40,10 +40,12 @@ def draw_curve(path: Path, series: dict[str, list[Any]], *, curve: Curve, title:
 
 
 def _points(seeds: list[Any], curve: Curve) -> dict[float, list[float]]:
-    """x -> the y of each seed."""
+    """x -> the y of each seed; ValueError where a run has several."""
     points: dict[float, list[float]] = {}
     for records in seeds:
-        for point in records or []:
-            if point.get(curve.y) is not None:
-                points.setdefault(point[curve.x], []).append(point[curve.y])
+        shown = [point for point in records or [] if point.get(curve.y) is not None]
+        if len({point[curve.x] for point in shown}) < len(shown):
+            raise ValueError(f"several points of a run have one {curve.x}: a curve would mix them")
+        for point in shown:
+            points.setdefault(point[curve.x], []).append(point[curve.y])
     return points

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import PartialState
 
+from drt import hardware
 from drt.architectures import DEFAULT_TYPE, check_fields
 from drt.checkpoints import load_checkpoint
 from drt.evaluation.flops import count_flops
 from drt.evaluation.tasks import make_task
-from drt.hardware import usable_cores
 from drt.memory.files import write_whole
 from drt.run_config import CONFIG_FILE, FINAL_FOLDER, RunConfig, load_config, read_mapping
 from drt.study.config import Measurement, StudyConfig, run_config, run_folder
@@ -106,6 +106,7 @@ def check_jobs(study: StudyConfig, folder: Path) -> None:
                 checked.append(data)
         except ValueError as error:
             raise ValueError(f"row {row!r}: {error}") from error
+    _check_same_questions(study, base, folder)
     for job in plan_jobs(study):
         check_configuration(study, base, job, folder)
 
@@ -132,6 +133,20 @@ def _check_same_tokens(study: StudyConfig) -> None:
                 raise ValueError(
                     f"{name!r} scores other tokens of row {row!r}, {task.scored}, than of the "
                     f"first row, {first}"
+                )
+
+
+def _check_same_questions(study: StudyConfig, base: dict[str, Any], folder: Path) -> None:
+    """Refuse questions that would end elsewhere for some rows, whose chunks are of another size."""
+    configs = [run_config(study, base, row, study.seeds[0], folder).model for row in study.rows]
+    sizes = {config["chunk_size"] for config in configs if "chunk_size" in config}
+    for row in study.rows if len(sizes) > 1 else ():
+        for name, measurement in study.measurements_of(row).items():
+            task = make_task(measurement.task, measurement.settings)
+            if getattr(task, "chunk_size", 0) is None:
+                raise ValueError(
+                    f"{name!r} has no chunk_size, and rows have chunks of {sorted(sizes)} tokens: "
+                    "their questions would end elsewhere"
                 )
 
 
@@ -230,7 +245,7 @@ def _run_job(study: StudyConfig, job: Job, folder: Path) -> None:
 
 
 def facts_of(job: Job, folder: Path) -> dict[str, Any]:
-    """Size, operations and time of a finished run."""
+    """Size, operations and time of a finished run, and what it was measured on."""
     here = run_folder(folder, job.row, job.seed)
     # A run of fewer steps than are between two lines has logged nothing.
     seconds = training_seconds(here) if (here / METRICS_FILE).stat().st_size else None
@@ -238,13 +253,18 @@ def facts_of(job: Job, folder: Path) -> dict[str, Any]:
 
 
 def _facts(model: Any, config: RunConfig) -> dict[str, Any]:
-    """Size of a model, and operations of a forward and backward a token of a training row."""
+    """Size of a model, operations of a forward and backward a token of a training row, and where
+    it is measured."""
     ids = torch.zeros(1, config.train_length, dtype=torch.int64, device=model.device)
     model.train()
     operations = count_flops(lambda: model(input_ids=ids, labels=ids).loss.backward())
     model.zero_grad(set_to_none=True)
     model.eval()
-    return {"parameters": model.num_parameters(), "flops_per_token": operations / ids.numel()}
+    return {
+        "parameters": model.num_parameters(),
+        "flops_per_token": operations / ids.numel(),
+        "hardware": hardware.describe(),
+    }
 
 
 def run_all(
@@ -297,7 +317,7 @@ def _start(command: list[str], job: Job, folder: Path, *, num_workers: int) -> A
     log = here.parent / f"{here.name}-{LOG_FILE}"
     log.parent.mkdir(parents=True, exist_ok=True)
     # Runs side by side would each take all cores otherwise.
-    threads = max(usable_cores() // num_workers, 1)
+    threads = max(hardware.usable_cores() // num_workers, 1)
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     with log.open("a") as file:
         return subprocess.Popen(

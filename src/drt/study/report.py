@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from drt import hardware
 from drt.evaluation.document_losses import pooled_difference
 from drt.run_config import read_mapping
 from drt.study.config import Column, StudyConfig, slug
@@ -61,11 +61,17 @@ def find(record: Any, path: str) -> Any:
     """What stands in a record at "key.2.key"; None where the record ends before.
 
     An item of a list is named by its number, or by one of its own entries: "length=4096".
+
+    Raises:
+        ValueError: several items have that entry, or a list is asked for something else.
     """
     for name in path.split(".") if path else []:
         if isinstance(record, list) and "=" in name:
             key, _, value = name.partition("=")
-            record = next((item for item in record if str(item.get(key)) == value), None)
+            items = [item for item in record if str(item.get(key)) == value]
+            if len(items) > 1:
+                raise ValueError(f"{path!r}: {len(items)} items have {name}, which is to be one")
+            record = items[0] if items else None
         elif isinstance(record, list):
             if not name.isdecimal():
                 raise ValueError(f"{path!r}: {name!r} is no item of a list, as 2 or length=4096 is")
@@ -125,11 +131,16 @@ def _check_columns(results: Results) -> None:
 
 def _made_by(results: Results, command: str) -> str:
     seeds = ", ".join(map(str, results.study.seeds))
-    whole = NONE if results.is_whole else " **Not all runs are done: the table is not whole.**"
-    return (
-        f"Made by `{command}`, {date.today().isoformat()}, drt {__version__}; seeds {seeds}. "
-        f"{hardware.describe()}.{whole}"
-    )
+    made = f"Made by `{command}`, {date.today().isoformat()}, drt {__version__}; seeds {seeds}."
+    facts = [each for row in results.done for each in results.facts(row)]
+    measured_on = dict.fromkeys(each["hardware"] for each in facts)
+    whole = NONE
+    if not results.is_whole:
+        whole = (
+            " **Not all runs are done: rows are means over other seeds, and none is the best; the "
+            "comparisons below are of the seeds that both models have.**"
+        )
+    return f"{made} Measured on {'; '.join(measured_on)}.{whole}"
 
 
 def _table(results: Results) -> str:
@@ -144,7 +155,8 @@ def _table(results: Results) -> str:
         rows.append(cells)
     note = (
         "Means over the seeds, in brackets the lowest and the highest where there are several; "
-        "the paper's figure, of its own size and data, behind a bar. The best mean is bold. "
+        "the paper's figure, of its own size and data, behind a bar. The best mean is bold, once "
+        "all runs are done. "
         "Cost: operations of training on a token, of those of the first row. Training seconds are "
         "wall time beside other runs."
     )
@@ -170,9 +182,15 @@ def _values(results: Results, row: str, column: Column) -> list[float]:
 
 
 def _best(results: Results, column: Column) -> str | None:
+    """The row whose mean is bold: none as long as rows are means over other seeds."""
+    if not results.is_whole:
+        return None
     means = {row: fmean(v) for row in results.study.rows if (v := _values(results, row, column))}
+    finite = {row: mean for row, mean in means.items() if math.isfinite(mean)}
+    if len(means) < 2 or not finite:
+        return None
     choose = min if column.better == "lower" else max
-    return choose(means, key=means.__getitem__) if len(means) > 1 else None
+    return choose(finite, key=finite.__getitem__)
 
 
 def _cell(results: Results, row: str, column: Column, *, is_best: bool) -> str:
@@ -200,7 +218,8 @@ def _comparisons(results: Results) -> str:
     note = (
         "Ratios of perplexities, the first model's over the second's, with 95 % intervals over "
         "documents by paired bootstrap; of all seeds the geometric mean, over documents and seeds. "
-        "Below 1 the first predicts better."
+        "Intervals are widened where documents or seeds are few, as Student's t is: of two seeds "
+        "they say little. Below 1 the first predicts better."
     )
     return "\n\n".join([*(part for part in parts if part), note])
 
@@ -216,12 +235,13 @@ def _comparison_table(results: Results, measurement: str) -> str:
     if not lines:
         return NONE
     # Where a model was measured at fewer lengths, cells stay empty.
-    labels = list(dict.fromkeys(row["label"] for _, _, rows in lines for row in rows))
+    counts = {row["label"]: row["num_documents"] for _, _, rows in lines for row in rows}
     cells = []
     for name, seed, rows in lines:
         ratios = {row["label"]: _ratio(row) for row in rows}
-        cells.append([name, seed, *(ratios.get(label, NONE) for label in labels)])
-    return _markdown([measurement, "seed", *labels], cells)
+        cells.append([name, seed, *(ratios.get(label, NONE) for label in counts)])
+    head = [f"{label} ({count} documents)" for label, count in counts.items()]
+    return _markdown([measurement, "seed", *head], cells)
 
 
 def _markdown(head: list[str], rows: list[list[str]]) -> str:

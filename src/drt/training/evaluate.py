@@ -60,6 +60,7 @@ class NeedleEvaluation(TrainerCallback):
                     task=task,
                     length=self.config.train_length,
                     num_questions=QUESTIONS,
+                    chunk_size=self.config.chunk_size,
                     seed=evaluation.seed + 1,
                 )
             scores[f"{name}_exact_match"] = score.exact_match

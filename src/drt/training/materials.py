@@ -51,6 +51,8 @@ def make_materials(config: RunConfig, corpus: Corpus | None = None) -> Materials
     """
     initial = None if config.initial is None else load_checkpoint(config.initial)
     tokenizer = _tokenizer(config, initial)
+    if initial is not None:
+        _check_initial(tokenizer, initial.tokenizer)
     model_config = make_config(
         config.model, tokenizer, initial=initial.model.config if initial else None
     )
@@ -103,6 +105,19 @@ def _tokenizer(config: RunConfig, initial: Checkpoint | None) -> PreTrainedToken
             )
         return load_tokenizer(str(folder))
     return load_tokenizer(BYTES) if initial is None else initial.tokenizer
+
+
+def _check_initial(tokenizer: PreTrainedTokenizerBase, initial: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer with whose ids the initial model has learned other tokens."""
+    now = tokenizer.get_vocab()
+    other = {token: id for token, id in initial.get_vocab().items() if now.get(token) != id}
+    if other:
+        token, number = next(iter(other.items()))
+        raise ValueError(
+            f"the tokenizer is not the initial model's: {len(other)} of its {len(initial)} entries "
+            f"are others, {token!r} was {number} and is {now.get(token)}; tokenize with the "
+            "model's own"
+        )
 
 
 def _text(

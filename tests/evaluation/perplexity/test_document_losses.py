@@ -44,8 +44,10 @@ def test_perplexity_is_weighted_by_tokens() -> None:
 def test_the_interval_is_one_of_perplexities() -> None:
     nats, tokens = np.array([10.0, 30.0, 20.0]), np.array([10, 10, 10])
     found = perplexity_interval(nats, tokens, num_resamples=500, seed=2)
-    # The rarest draws, all three the same document, have chances of 1/27: beyond 2.5 %.
-    assert found == pytest.approx([math.exp(1), math.exp(3)])
+    # The rarest draws, all three the same document, have chances of 1/27: beyond 2.5 %. They are 1
+    # from the mean, 2, and widened by sqrt(3/2) and by 4.302653, the quantile of t, over 1.959964.
+    wide = math.sqrt(1.5) * 4.302653 / 1.959964
+    assert found == pytest.approx([math.exp(2 - wide), math.exp(2 + wide)], rel=1e-5)
     assert perplexity_interval(nats[:1], tokens[:1], num_resamples=10, seed=0) is None
 
 
@@ -73,8 +75,10 @@ def test_several_runs_are_one_comparison() -> None:
     (found,) = pooled_difference(pairs)
     assert found["ratio"] == pytest.approx(math.exp(-0.01))
     # Documents do not differ, and runs drawn anew have means from -0.02 to 0, the ends each with a
-    # chance of 1/27: beyond 2.5 %.
-    assert found["interval"] == pytest.approx([math.exp(-0.02), 1])
+    # chance of 1/27: beyond 2.5 %. Widened as above.
+    wide = 0.01 * math.sqrt(1.5) * 4.302653 / 1.959964
+    expected = [math.exp(-0.01 - wide), math.exp(-0.01 + wide)]
+    assert found["interval"] == pytest.approx(expected, rel=1e-6)
     assert pooled_difference(pairs[:1]) == paired_difference(*pairs[0])
     with pytest.raises(ValueError, match="mode differs: sliding and book"):
         pooled_difference([*pairs, (record(hard, tokens), record(hard, tokens, mode="book"))])
