@@ -43,12 +43,13 @@ class Ratio(NamedTuple):
         return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
+def parser(description: str | None, *, has_workers: bool = False) -> argparse.ArgumentParser:
+    """The options that every benchmark has; one that calls `run_worker` has another."""
     arguments = argparse.ArgumentParser(description=description)
     arguments.add_argument("--quick", action="store_true", help="smaller sizes, fewer repeats")
     arguments.add_argument("--json", type=Path, metavar="PATH", help="also write all samples here")
-    arguments.add_argument("--worker", metavar="JOB", help=argparse.SUPPRESS)
+    if has_workers:
+        arguments.add_argument("--worker", metavar="JOB", help=argparse.SUPPRESS)
     return arguments
 
 

@@ -165,7 +165,7 @@ def report_long_rows(lengths: list[int], repeats: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    arguments = parser(__doc__).parse_args()
+    arguments = parser(__doc__, has_workers=True).parse_args()
     torch.set_num_threads(1)
     if arguments.worker is not None:
         job = json.loads(arguments.worker)

@@ -40,7 +40,7 @@ def milestones(longest: int) -> list[int]:
 
 
 def options() -> argparse.ArgumentParser:
-    arguments = parser(__doc__)
+    arguments = parser(__doc__, has_workers=True)
     add = arguments.add_argument
     add("--max-length", type=length, default=1 << 20, help="such as 16M; default 1M")
     add("--lengths", type=length, nargs="+", help="milestones, in place of 16K, 64K, ...")

@@ -157,7 +157,7 @@ def report(length: int, results: Mapping[str, Any], *, repeats: int) -> None:
 
 
 def main() -> None:
-    options = parser(__doc__)
+    options = parser(__doc__, has_workers=True)
     options.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     arguments = options.parse_args()
     if arguments.device == "cuda":

@@ -9,7 +9,16 @@ import pytest
 from drt.cli.main import parser
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    page.name: page.read_text(encoding="utf-8")
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+README = PAGES["README.md"]
+LINKS = [
+    (name, path)
+    for name, page in PAGES.items()
+    for path in re.findall(r"\]\((?!http)([^)#]+)", page)
+]
 
 
 def test_the_ten_lines_run(
@@ -22,9 +31,10 @@ def test_the_ten_lines_run(
     assert (tmp_path / "runs" / "memory" / "state.safetensors").is_file()
 
 
-@pytest.mark.parametrize("path", re.findall(r"\]\((?!http)([^)#]+)\)", README))
-def test_linked_files_exist(path: str) -> None:
-    assert (ROOT / path).exists(), path
+@pytest.mark.parametrize(("page", "path"), LINKS)
+def test_linked_files_exist(page: str, path: str) -> None:
+    folder = ROOT if page == "README.md" else ROOT / "docs"
+    assert (folder / path).exists(), path
 
 
 def test_make_targets_exist() -> None:
@@ -33,16 +43,25 @@ def test_make_targets_exist() -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def commands() -> list[str]:
-    """The lines of code blocks that call drt, as they stand in the README and the docs."""
-    pages = [README, *(page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md"))]
-    blocks = [block for page in pages for block in re.findall(r"```\n(.*?)```", page, re.DOTALL)]
+def commands(page: str) -> list[str]:
+    """The lines of code blocks that call drt, as they stand on a page."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     # A synopsis is no command.
-    return sorted({line for line in lines if line.startswith("drt ") and "..." not in line})
+    return [line for line in lines if line.startswith("drt ") and "..." not in line]
 
 
-@pytest.mark.parametrize("line", commands())
+def test_commands_are_found() -> None:
+    counts = {name: len(commands(page)) for name, page in PAGES.items()}
+    named = {name: len(re.findall("^drt ", page, re.MULTILINE)) for name, page in PAGES.items()}
+    synopses = {"evaluation.md": 1}
+    assert counts == {name: count - synopses.get(name, 0) for name, count in named.items()}
+    assert counts["README.md"] > 10
+
+
+@pytest.mark.parametrize(
+    "line", sorted({line for page in PAGES.values() for line in commands(page)})
+)
 def test_commands_can_be_given(line: str) -> None:
     words = shlex.split(line, comments=True)[1:]
     assert parser().parse_args(words).command == words[0]

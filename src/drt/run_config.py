@@ -81,7 +81,7 @@ class TrainingConfig:
     compile_layers: bool = False
     """Whether to compile the layers in the first steps, which needs a C++ compiler on CPU."""
     log_every: int = 25
-    """Steps between lines of metrics.jsonl."""
+    """Steps between lines of metrics.jsonl; there is a line at each checkpoint too."""
     save_every: int = 500
     """Steps between checkpoints; the last two are kept."""
     evaluate_every: int = 500

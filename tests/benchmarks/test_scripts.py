@@ -124,9 +124,20 @@ def test_the_backend_of_a_model_can_be_chosen() -> None:
         trained.step(torch.zeros(1, 40, dtype=torch.int64), update=False)
 
 
-def test_compiling_on_a_cpu_is_refused() -> None:
-    with pytest.raises(RuntimeError, match="--compile needs a CUDA device"):
-        model.main(["--device", "cpu", "--compile"])
+def test_the_reference_does_not_decide_how_large_a_batch_is() -> None:
+    class Fits:
+        def __init__(self, rows: int) -> None:
+            self.rows = rows
+
+        def step(self, ids: torch.Tensor, *, update: bool) -> None:
+            if len(ids) > self.rows:
+                raise torch.OutOfMemoryError
+
+    models: Any = {model_train.BASELINE: Fits(8), "DRT x1": Fits(4), model_train.REFERENCE: Fits(1)}
+    setting = model_train.CPU_QUICK._replace(batches=(8, 4, 2, 1), length=8)
+    batch, peaks, failures = model_train.largest_batch(models, setting, torch.device("cpu"))
+    assert (batch, list(peaks)) == (4, [model_train.BASELINE, "DRT x1"])
+    assert failures == {model_train.REFERENCE: "out of memory"}
 
 
 def test_full_attention_stops_at_the_budget() -> None:

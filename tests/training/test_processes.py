@@ -28,6 +28,7 @@ from drt.training.callbacks import PROGRESS_FILE, latest_checkpoint
 from drt.training.trainer import RunTrainer
 
 from .processes import run_processes
+from .watching import add_callback
 
 TIMED = {"seconds", "tokens_per_second", "tflops"}
 
@@ -176,13 +177,7 @@ class KillAfter(TrainerCallback):
 
 
 def killed_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    add = run._replace_callbacks
-
-    def with_kill(trainer: RunTrainer, *rest: Any) -> None:
-        add(trainer, *rest)
-        trainer.add_callback(KillAfter(step))
-
-    monkeypatch.setattr(run, "_replace_callbacks", with_kill)
+    add_callback(KillAfter(step), monkeypatch)
 
 
 def killed_while_saving(step: int, monkeypatch: pytest.MonkeyPatch) -> None:

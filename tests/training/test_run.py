@@ -27,15 +27,21 @@ def metrics(config: RunConfig) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
 
 
-@pytest.mark.parametrize(("stop", "optimizer"), [(43, "adamw"), (46, "muon"), (55, "muon")])
+@pytest.mark.parametrize(
+    ("stop", "optimizer", "log_every"),
+    # Checkpoints are at every tenth step: not at those of all lines.
+    [(43, "adamw", 4), (46, "muon", 1), (55, "muon", 1)],
+)
 def test_a_stopped_run_goes_on_with_the_same_curve(
     run_config: RunConfig,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     stop: int,
     optimizer: Any,
+    log_every: int,
 ) -> None:
-    run_config = replace(run_config, training=replace(run_config.training, optimizer=optimizer))
+    training = replace(run_config.training, optimizer=optimizer, log_every=log_every)
+    run_config = replace(run_config, training=training)
     train(run_config)
     whole = replace(run_config, output_dir=str(tmp_path / "stopped"))
     with monkeypatch.context() as patch:

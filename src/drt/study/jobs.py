@@ -26,7 +26,7 @@ from drt.memory.files import write_whole
 from drt.run_config import CONFIG_FILE, FINAL_FOLDER, RunConfig, load_config, read_mapping
 from drt.study.config import Measurement, StudyConfig, run_config, run_folder
 from drt.training import train
-from drt.training.folder import METRICS_FILE, differences, is_finished, training_seconds
+from drt.training.folder import differences, is_finished, training_seconds
 from drt.training.materials import check_data
 
 RESULTS_FILE = "results.json"
@@ -247,9 +247,7 @@ def _run_job(study: StudyConfig, job: Job, folder: Path) -> None:
 def facts_of(job: Job, folder: Path) -> dict[str, Any]:
     """Size, operations and time of a finished run, and what it was measured on."""
     here = run_folder(folder, job.row, job.seed)
-    # A run of fewer steps than are between two lines has logged nothing.
-    seconds = training_seconds(here) if (here / METRICS_FILE).stat().st_size else None
-    return {**json.loads((here / FACTS_FILE).read_text()), "seconds": seconds}
+    return {**json.loads((here / FACTS_FILE).read_text()), "seconds": training_seconds(here)}
 
 
 def _facts(model: Any, config: RunConfig) -> dict[str, Any]:

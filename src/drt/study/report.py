@@ -171,9 +171,8 @@ def _facts(results: Results, row: str) -> list[str]:
     cost = NONE
     if first:
         cost = f"{facts[0]['flops_per_token'] / first[0]['flops_per_token']:.2f}"
-    seconds = [each["seconds"] for each in facts if each["seconds"] is not None]
-    shown = f"{fmean(seconds):,.0f}" if seconds else NONE
-    return [f"{facts[0]['parameters']:,}", cost, shown, str(len(facts))]
+    seconds = fmean(each["seconds"] for each in facts)
+    return [f"{facts[0]['parameters']:,}", cost, f"{seconds:,.0f}", str(len(facts))]
 
 
 def _values(results: Results, row: str, column: Column) -> list[float]:

@@ -76,6 +76,12 @@ class CheckpointFiles(TrainerCallback):
     ) -> None:
         self.tokenizer, self.config, self.curriculum = tokenizer, config, curriculum
 
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Log before each checkpoint, which holds no part of a mean."""
+        control.should_log |= control.should_save
+
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
