@@ -324,7 +324,7 @@ def test_no_row_is_the_best_of_a_table_that_is_not_whole(study_file: Path) -> No
     write_page(study, folder, page, command="drt study small")
     (name,) = study.columns
     assert _best(Results(study, folder), study.columns[name]) is None
-    assert "rows are means over other seeds, and none is the best" in page.read_text()
+    assert "rows are means over other seeds, and none is marked" in page.read_text()
     run_job(study, jobs[-1], folder)
     write_page(study, folder, page, command="drt study small")
     assert "not done" not in page.read_text()

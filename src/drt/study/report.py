@@ -137,8 +137,8 @@ def _made_by(results: Results, command: str) -> str:
     whole = NONE
     if not results.is_whole:
         whole = (
-            " **Not all runs are done: rows are means over other seeds, and none is the best; the "
-            "comparisons below are of the seeds that both models have.**"
+            " **Not all runs are done: rows are means over other seeds, and none is marked as the "
+            "best; comparisons are of the seeds that both models have.**"
         )
     return f"{made} Measured on {'; '.join(measured_on)}.{whole}"
 
