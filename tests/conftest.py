@@ -48,6 +48,37 @@ def small_model() -> dict[str, Any]:
     }
 
 
+class Medium:
+    """What has been forced to the medium: names in order, and what each held at that moment."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.held: dict[str, bytes | set[str]] = {}
+
+    def sync(self, descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        self.names.append(path.name)
+        self.held[path.name] = set(os.listdir(path)) if path.is_dir() else path.read_bytes()
+
+    def assert_holds(self, folder: Path) -> None:
+        """All that makes up the memory in a folder, as it is there now."""
+        for path in folder.iterdir():
+            if path.name == "manifest.json":
+                assert self.held["manifest.json.new"] == path.read_bytes()
+            elif path.name != "lock":
+                assert self.held[path.name] == path.read_bytes(), path.name
+        assert self.held[folder.name] == {path.name for path in folder.iterdir()}
+
+
+@pytest.fixture
+def medium(monkeypatch: pytest.MonkeyPatch) -> Medium:
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("there is no /proc/self/fd to tell which file is synced")
+    found = Medium()
+    monkeypatch.setattr(os, "fsync", found.sync)
+    return found
+
+
 class LargestTensor(TorchDispatchMode):
     """Inside the context, notes the size of the largest tensor that an operator returns.
 

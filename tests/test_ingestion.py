@@ -3,11 +3,13 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from drt.asking import ask
 from drt.data import streaming
 from drt.data.streaming import TextInput, list_inputs
 from drt.data.tokenization import byte_tokenizer, encode, encode_with_offsets
-from drt.ingestion import Ingestion
+from drt.ingestion import Ingestion, Progress
 from drt.passages import PassageLog
 from drt.testing import tiny_config
 
@@ -64,11 +66,7 @@ def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {
-        path.name: path.read_bytes()
-        for path in folder.iterdir()
-        if path.name not in ("lock", "state.safetensors")
-    }
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "lock"}
 
 
 def test_offsets_end_where_tokens_end(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -182,6 +180,74 @@ def test_a_killed_reading_goes_on_to_the_same_result(
     assert torch.equal(*logits)
 
 
+def test_a_commit_brings_log_chunks_and_state_to_the_medium_in_this_order(
+    tmp_path: Path, medium: Any
+) -> None:
+    (texts,) = make_texts(tmp_path / "texts")
+    folder = tmp_path / "memory"
+    ingestion = Ingestion(make_model(), byte_tokenizer(), folder, segment_size=500)
+    ingestion.read(list_inputs([texts])[:2])
+    medium.names.clear()
+    ingestion.commit()
+    # What the state counts on comes before the state.
+    assert set(medium.names[:3]) == {"tokens.bin", "chunks.bin", "sources.jsonl"}
+    assert medium.names[-4:] == ["journal.bin", "memory", "state.partial", "memory"]
+    medium.held["state.safetensors"] = medium.held["state.partial"]
+    medium.assert_holds(folder)
+    ingestion.close()
+
+
+def test_a_kill_at_any_moment_of_a_commit_leaves_a_reading_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder as it is at every sync, and before every file is replaced, is what a kill leaves.
+
+    What a process has only in its buffers dies with it, and is not in the folder either.
+    """
+    model, folder, left = make_model(), tmp_path / "memory", []
+    (tmp_path / "a.txt").write_text("it rains and it rains. " * 9)
+    inputs = list_inputs([str(tmp_path / "a.txt")])
+
+    def open_memory(where: Path) -> Ingestion:
+        return Ingestion(model, byte_tokenizer(), where, segment_size=50)
+
+    def keep(*_: object) -> None:
+        left.append(tmp_path / str(len(left)))
+        shutil.copytree(folder, left[-1])
+
+    def stop(progress: Progress) -> None:
+        # The second commit has something to add to that of the first segment.
+        if progress.tokens == 50:
+            ingestion.commit()
+        else:
+            raise KeyboardInterrupt
+
+    # A kill asks nothing of the medium.
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    ingestion, replace = open_memory(folder), Path.replace
+    with pytest.raises(KeyboardInterrupt):
+        ingestion.read(inputs, on_progress=stop)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", keep)
+        patch.setattr(Path, "replace", lambda file, to: (keep(), replace(file, to))[1])
+        ingestion.commit()
+    keep()
+    ingestion.read(inputs)
+    ingestion.close()
+    # Three files of the log, two of a slab, the journal, the state, the folder twice.
+    assert len(left) > 9
+    read = []
+    for killed in left:
+        again = open_memory(killed)
+        read.append(again.state.num_tokens[0])
+        again.read(inputs)
+        again.close()
+        assert files(killed) == files(folder)
+    # The state before the commit or that after it, never another.
+    assert read == sorted(read)
+    assert set(read) == {50, 100}
+
+
 def test_wrong_folders_and_models_are_refused(tmp_path: Path) -> None:
     model, tokenizer = make_model(), byte_tokenizer()
     inputs = list_inputs(make_texts(tmp_path / "texts"))
@@ -202,11 +268,19 @@ def test_questions_are_answered_with_passages(tmp_path: Path) -> None:
     ingestion = Ingestion(model, tokenizer, tmp_path / "memory", segment_size=64)
     ingestion.read(inputs)
     ingestion.close()
-    before = files(tmp_path / "memory")
+    memory = tmp_path / "memory"
+
+    def found() -> dict[str, tuple[bytes, int]]:
+        paths = memory.iterdir()
+        return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
+
+    before = found()
+    assert {"state.safetensors", "journal.bin", "tokens.bin", "lock"} <= before.keys()
     reply = ask(model, tokenizer, tmp_path / "memory", "Where did it rain? ", max_new_tokens=40)
     again = ask(model, tokenizer, tmp_path / "memory", "Where did it rain? ", max_new_tokens=40)
     assert reply == again
-    assert files(tmp_path / "memory") == before
+    # Neither content nor the time of the last write, not even that of the lock.
+    assert found() == before
     assert reply.is_complete
     assert {passage.group for passage in reply.passages} == {0, 1}
     for passage in reply.passages:
@@ -220,6 +294,32 @@ def test_questions_are_answered_with_passages(tmp_path: Path) -> None:
         assert sum(weights) == pytest.approx(1, abs=1e-5)
     with pytest.raises(ValueError, match="the question is empty"):
         ask(model, tokenizer, tmp_path / "memory", "")
+
+
+def test_an_answer_ends_before_the_stop_and_is_not_made_any_longer(tmp_path: Path) -> None:
+    model, tokenizer = make_model(), byte_tokenizer()
+    (tmp_path / "a.txt").write_text("it rains and it rains. " * 20)
+    ingestion = Ingestion(model, tokenizer, tmp_path / "memory")
+    ingestion.read(list_inputs([str(tmp_path / "a.txt")]))
+    ingestion.close()
+    steps: list[int] = []
+    model.model.embed_tokens.register_forward_hook(lambda _m, ids, _o: steps.append(ids[0].numel()))
+
+    def answer(stop: str | None) -> str:
+        steps.clear()
+        question = "Where did it rain? "
+        return ask(
+            model, tokenizer, tmp_path / "memory", question, max_new_tokens=24, stop=stop
+        ).answer
+
+    whole = answer(None)
+    num_whole = len(steps)
+    # Bytes that are no text stand in the answer as U+FFFD, and are nothing to stop at.
+    stop = next(char for char in whole[1:] if char.isascii() and char != whole[0])
+    assert answer(stop) == whole[: whole.index(stop)]
+    # A step makes a token, at most one character: those behind the stop are not made.
+    assert len(steps) <= num_whole - len(whole[whole.index(stop) + 1 :])
+    assert answer("not in the answer") == whole
 
 
 def test_a_question_to_a_memory_that_is_being_read_is_not_taken_for_what_follows(

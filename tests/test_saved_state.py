@@ -107,6 +107,35 @@ def test_a_folder_is_the_same_by_any_name(tmp_path: Path, monkeypatch: pytest.Mo
     assert model.load_state(folder)[0].num_tokens == [70]
 
 
+@pytest.mark.parametrize("tier", ["device", "disk"])
+def test_a_saved_state_reaches_the_medium_whole_and_after_its_memory(
+    tmp_path: Path, medium: Any, tier: str
+) -> None:
+    model, folder = make(), tmp_path / "memory"
+    marks = {"model": model.fingerprint()}
+    on_disk = tier == "disk"
+    memory = DiskMemory.create(folder, fingerprint=marks) if on_disk else DeviceMemory()
+    state = model.new_state(memory=memory)
+    with torch.no_grad():
+        model(torch.randint(0, 61, (1, 70)), past_key_values=state)
+    names, held = medium.names, medium.held
+    for turn in range(2 if on_disk else 1):
+        names.clear()
+        model.save_state(state, folder, notes={"turn": turn})
+        # The chunks that the state names, then the state, and last its name.
+        assert names[-4:] == ["journal.bin", "memory", "state.partial", "memory"]
+        assert held["state.partial"] == (folder / "state.safetensors").read_bytes()
+        assert held["memory"] == {file.name for file in folder.iterdir()}
+        assert held["journal.bin"] == (folder / "journal.bin").read_bytes()
+        assert {"records.0.bin", "landmarks.0.bin"} <= held.keys()
+    # One so small that a buffer holds it all.
+    model.save_state(model.new_state(), tmp_path / "small")
+    assert names[-2:] == ["state.partial", "small"]
+    assert held["state.partial"] == (tmp_path / "small" / "state.safetensors").read_bytes()
+    memory.close()
+    assert model.load_state(folder)[1] == {"turn": 1 if on_disk else 0}
+
+
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make()
     # No chunk is full yet, so that the state is the first that is written.

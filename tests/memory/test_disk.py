@@ -165,28 +165,97 @@ def test_a_memory_of_no_chunks_is_one(oracle: Any, tmp_path: Path) -> None:
             assert memory.counts == (1,)
 
 
-def test_what_is_cut_and_kept_reaches_the_medium(
-    oracle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_commit_brings_everything_to_the_medium(oracle: Any, tmp_path: Path, medium: Any) -> None:
+    folder = tmp_path / "memory"
+    memory = filled(folder, oracle)
+    # The manifest, under the name that it has until it is whole, and its own name.
+    assert medium.names == ["manifest.json.new", "memory"]
+    assert medium.held["memory"] == {"lock", "journal.bin", "manifest.json"}
+    medium.names.clear()
+    memory.commit()
+    # An entry on the medium must not come before what it vouches for.
+    assert medium.names[-2:] == ["journal.bin", "memory"]
+    slabs = {f"{name}.{i}.bin" for name in ("records", "landmarks") for i in range(3)}
+    assert len(medium.names) == 8
+    assert set(medium.names[:-2]) == slabs
+    medium.assert_holds(folder)
+    medium.names.clear()
+    memory.append(*oracle.make_chunks([1], 1))
+    assert medium.names == []
+    memory.close()
+    # Of the slabs, only that which has grown since.
+    assert medium.names == ["records.2.bin", "landmarks.2.bin", "journal.bin", "memory"]
+    medium.assert_holds(folder)
+
+
+def test_a_commit_vouches_for_what_an_earlier_writer_left(
+    oracle: Any, tmp_path: Path, medium: Any
 ) -> None:
-    synced: list[str] = []
-
-    def note(descriptor: int) -> None:
-        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
-
-    monkeypatch.setattr("drt.memory.files.os.fsync", note)
-    with DiskMemory.create(tmp_path, fingerprint={}) as memory:
-        memory.append(*oracle.make_chunks([10], 0))
-        memory.truncate(5)
+    folder = tmp_path / "memory"
+    earlier = DiskMemory.create(folder, fingerprint=MADE_BY, slab_size=4, fsync="never")
+    earlier.append(*oracle.make_chunks([10], 0))
+    earlier.close()
+    medium.names.clear()
+    with DiskMemory.open(folder, fingerprint=MADE_BY, writable=True) as memory:
+        memory.append(*oracle.make_chunks([1], 1))
         memory.commit()
-        assert str(tmp_path / "records.0.bin") in synced
-    always = tmp_path / "always"
-    synced.clear()
-    with DiskMemory.create(always, fingerprint={}, fsync="always", slab_size=4) as memory:
-        memory.append(*oracle.make_chunks([3], 0))
-        before = synced.count(str(always))
-        memory.append(*oracle.make_chunks([3], 1))
-        # A second pair of files has begun.
-        assert synced.count(str(always)) == before + 1
+        slabs = {f"{name}.{n}.bin" for name in ("records", "landmarks") for n in range(3)}
+        assert set(medium.names[:-2]) == slabs
+        assert medium.names[-2:] == ["journal.bin", "memory"]
+
+
+def test_every_append_is_on_the_medium_if_that_is_wanted(
+    oracle: Any, tmp_path: Path, medium: Any
+) -> None:
+    folder = tmp_path / "memory"
+    memory = create(folder, fsync="always", slab_size=4)
+    for step, (count, new) in enumerate([(3, True), (1, False), (2, True), (7, True)]):
+        medium.names.clear()
+        memory.append(*oracle.make_chunks([count], step))
+        *before, last = medium.names
+        assert last == "journal.bin"
+        # The names of new files, before there is an entry.
+        assert (before[-1] == "memory") == new
+        medium.assert_holds(folder)
+    medium.names.clear()
+    memory.truncate(9)
+    assert medium.names[-1] == "journal.bin"
+    assert len(medium.held["journal.bin"]) == 9 * 24
+
+
+def test_nothing_is_forced_to_the_medium_if_that_is_not_wanted(
+    oracle: Any, tmp_path: Path, medium: Any
+) -> None:
+    memory = filled(tmp_path / "memory", oracle, fsync="never")
+    # The manifest is written only once, and as a whole.
+    medium.names.remove("manifest.json.new")
+    medium.names.remove("memory")
+    memory.commit()
+    memory.truncate(5)
+    memory.close()
+    assert medium.names == []
+
+
+def test_what_is_cut_and_kept_reaches_the_medium(oracle: Any, tmp_path: Path, medium: Any) -> None:
+    memory = filled(tmp_path / "memory", oracle)
+    medium.names.clear()
+    memory.truncate(5)
+    # Before what is cut off may be overwritten: chunks without entries are none.
+    assert medium.names[-1] == "journal.bin"
+    assert len(medium.held["journal.bin"]) == 5 * 24
+    assert {"records.1.bin", "landmarks.1.bin"} <= set(medium.names)
+    memory.append(*oracle.make_chunks([1], 1))
+    memory.commit()
+    medium.assert_holds(tmp_path / "memory")
+
+
+def test_a_repair_reaches_the_medium(oracle: Any, tmp_path: Path, medium: Any) -> None:
+    filled(tmp_path, oracle).close()
+    _edit("records.1.bin", 192 * 3 + 7, b"\xaa\xbb")(tmp_path)
+    medium.names.clear()
+    assert repair_memory(tmp_path) == 7
+    assert medium.names == ["journal.bin"]
+    assert medium.held["journal.bin"] == (tmp_path / "journal.bin").read_bytes()
 
 
 def test_a_memory_of_float64_is_opened_again(oracle: Any, tmp_path: Path) -> None:
@@ -316,6 +385,19 @@ def test_a_damaged_record_is_named_when_it_is_read(oracle: Any, tmp_path: Path) 
         assert caught.value.chunk == 7
     with DiskMemory.open(tmp_path, verify_reads=False) as memory:
         assert len(gathered(memory)[0]) == 10
+
+
+@pytest.mark.parametrize(("name", "offset"), [("landmarks", 24 * 2 + 3), ("records", 192 * 2 + 7)])
+def test_damage_since_the_opening_is_found_by_verifying(
+    oracle: Any, tmp_path: Path, name: str, offset: int
+) -> None:
+    filled(tmp_path, oracle).close()
+    with DiskMemory.open(tmp_path) as memory:
+        memory.verify()
+        _edit(f"{name}.1.bin", offset, b"\xaa\xbb")(tmp_path)
+        with pytest.raises(MemoryFormatError, match=rf"{name}\.1\.bin: chunk 6 is da") as caught:
+            memory.verify()
+        assert caught.value.chunk == 6
 
 
 REPAIRS: dict[str, tuple[Callable[[Path], None], int]] = {

@@ -3,6 +3,7 @@
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -26,26 +27,46 @@ def seeded(start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     return landmarks, keys, -keys, numbers % 4 + 1
 
 
-def append_until(folder: Path, total: int, seed: int) -> None:
-    """What the child does: go on from where the folder is, in random pieces."""
+def append_until(folder: Path, total: int, seed: int, said: int | None = None) -> None:
+    """What the child does: go on from where the folder is, in random pieces.
+
+    After each append it tells the descriptor `said` how many chunks there are, 8 bytes each time.
+    """
     choose = random.Random(seed)
     with DiskMemory.open(folder, writable=True, fsync="never") as memory:
         while len(memory) < total:
             memory.append(*seeded(len(memory), min(len(memory) + choose.randint(1, 9), total)))
+            if said is not None:
+                os.write(said, len(memory).to_bytes(8, "little"))
 
 
-def run_and_kill(folder: Path, seed: int) -> None:
-    """Start a writer and kill it at a random moment."""
+def run_and_kill(folder: Path, seed: int) -> int:
+    """Kill a writer at a random moment; how many chunks it has said that there are, 0 = nothing.
+
+    Of five writers one is killed at any moment, perhaps while it opens the folder; the others while
+    they append, after a random number of appends.
+    """
+    heard, said = os.pipe()
     child = os.fork()
     if child == 0:
         # Nothing of pytest may run in the child, not even its clean-up.
         try:
-            append_until(folder, 10**6, seed)
+            append_until(folder, 10**6, seed, said)
         finally:
             os._exit(1)
-    time.sleep(random.Random(seed).uniform(0.0, 0.04))
-    os.kill(child, signal.SIGKILL)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    os.close(said)
+    choose = random.Random(seed)
+    count = b""
+    with os.fdopen(heard, "rb") as file:
+        if seed % 5 == 0:
+            time.sleep(choose.uniform(0.0, 0.04))
+        else:
+            count = file.read(8 * choose.randint(1, 3))
+            time.sleep(choose.uniform(0.0, 0.003))
+        os.kill(child, signal.SIGKILL)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        count += file.read()
+    return int.from_bytes(count[-8:], "little")
 
 
 def assert_as_seeded(folder: Path, start: int) -> int:
@@ -70,10 +91,11 @@ def test_a_hundred_kills_lose_nothing_that_was_journalled(tmp_path: Path) -> Non
         memory.append(*seeded(0, 1))
     counts = [1]
     for seed in range(kills):
-        run_and_kill(folder / "killed", seed)
+        said = run_and_kill(folder / "killed", seed)
+        assert seed % 5 == 0 or said > counts[-1]
         counts.append(assert_as_seeded(folder / "killed", counts[-1]))
-        assert counts[-1] >= counts[-2]
-    assert counts[-1] > counts[0]
+        # What has been appended outlives whoever appended it.
+        assert counts[-1] >= max(counts[-2], said)
     # The last writer comes to the end, and the folder is as if nothing had happened.
     last = counts[-1] + 1000
     append_until(folder / "killed", last, kills)
@@ -88,6 +110,38 @@ def test_a_hundred_kills_lose_nothing_that_was_journalled(tmp_path: Path) -> Non
             (folder / "whole" / name).read_bytes(),
         )
         assert killed[: len(whole)] == whole, name
+
+
+def test_a_kill_at_any_write_leaves_what_was_journalled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files as they are before, within and after every write are what a kill there leaves."""
+    folder, left = tmp_path / "memory", []
+    real = os.pwrite
+
+    def keep() -> None:
+        left.append((tmp_path / str(len(left)), len(memory)))
+        shutil.copytree(folder, left[-1][0])
+
+    def write(descriptor: int, data: memoryview, offset: int) -> int:
+        keep()
+        # The caller asks again for the rest.
+        return real(descriptor, data[: max(len(data) // 2, 16)], offset)
+
+    with DiskMemory.create(folder, fingerprint={}, slab_size=4) as memory:
+        memory.append(*seeded(0, 3))
+        with monkeypatch.context() as patch:
+            patch.setattr(memory_files.os, "pwrite", write)
+            memory.append(*seeded(3, 5))
+            memory.append(*seeded(5, 6))
+        keep()
+    # Records, landmarks and the journal: two slabs, then one, every write in several pieces.
+    assert len(left) > 2 * (2 * 2 + 1 + 2 + 1)
+    for killed, count in left:
+        found = assert_as_seeded(killed, 0)
+        assert count <= found <= 6
+        append_until(killed, 9, 0)
+        assert assert_as_seeded(killed, 0) == 9
 
 
 def assert_consistent(memory: DiskMemory, folder: Path, count: int) -> None:

@@ -311,6 +311,8 @@ class DiskMemory(InferenceMemory):
             self._load()
             if writable:
                 self._journal.truncate(self._journal.count)
+                # Who wrote before may have died without a commit; ours vouches for all chunks.
+                self._written = [slab for slab, _ in self._disk_views()]
         except BaseException:
             if self._lock is not None:
                 self._lock.release()
