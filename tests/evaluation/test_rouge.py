@@ -1,5 +1,6 @@
 """ROUGE against values worked out by hand, the lead baseline, and bootstrap intervals."""
 
+import math
 import sys
 
 import numpy as np
@@ -54,10 +55,12 @@ def test_the_first_sentences() -> None:
 
 def test_intervals_are_of_whole_documents() -> None:
     # Documents of 1 and 3 examples: a resample holds the first twice, both, or the second twice,
-    # with chances 1/4, 1/2, 1/4; the ends of 95 % are therefore the extremes.
+    # with chances 1/4, 1/2, 1/4; the ends of 95 % are therefore the extremes, 0 and 8, as far from
+    # the mean as sqrt(2) and 12.7062, the quantile of t, over 1.959964 put them.
+    wide = math.sqrt(2) * 12.7062 / 1.959964
     scores = np.array([[0.0], [8.0], [8.0], [8.0]])
     (found,) = estimate_means(scores, ["a", "b", "b", "b"], seed=0)
-    assert found == (6.0, 0.0, 8.0)
+    assert found == pytest.approx((6.0, 6 - 6 * wide, 6 + 2 * wide), rel=1e-5)
     assert estimate_means(scores, ["a"] * 4, seed=0) == [Estimate(6.0, None, None)]
 
 
