@@ -30,7 +30,7 @@ from drt.training.folder import differences, is_finished, training_seconds
 from drt.training.materials import check_data
 
 RESULTS_FILE = "results.json"
-"""In a run's folder: a list of what was measured, with the settings it was measured with."""
+"""In a run's folder: a list of what was measured, with what settings and on what hardware."""
 
 FACTS_FILE = "facts.json"
 """In a run's folder: how large the model is, and what a token of training takes."""
@@ -54,13 +54,21 @@ def plan_jobs(study: StudyConfig) -> list[Job]:
 
 def results_of(study: StudyConfig, job: Job, folder: Path) -> dict[str, Any]:
     """What has been measured of a run with the study's settings, by measurement."""
+    return {name: each["record"] for name, each in _measured(study, job, folder)}
+
+
+def hardware_of(study: StudyConfig, job: Job, folder: Path) -> list[str]:
+    """What that was measured on, measurement by measurement."""
+    return [each["hardware"] for _, each in _measured(study, job, folder)]
+
+
+def _measured(study: StudyConfig, job: Job, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The study's measurements of a run, by name, as they are stored."""
     stored = _stored(run_folder(folder, job.row, job.seed))
-    return {
-        name: each["record"]
-        for name, measurement in study.measurements_of(job.row).items()
-        for each in stored
-        if each["measurement"] == _as_stored(measurement)
-    }
+    for name, measurement in study.measurements_of(job.row).items():
+        for each in stored:
+            if each["measurement"] == _as_stored(measurement):
+                yield name, each
 
 
 def _stored(here: Path) -> list[dict[str, Any]]:
@@ -240,29 +248,28 @@ def _run_job(study: StudyConfig, job: Job, folder: Path) -> None:
         if name not in done:
             task = make_task(measurement.task, measurement.settings)
             record = task.evaluate(checkpoint, title=f"{job.row}: {name}")
-            stored = [*_stored(here), {"measurement": _as_stored(measurement), "record": record}]
-            write_whole(here / RESULTS_FILE, json.dumps(stored, indent=1))
+            new = {
+                "measurement": _as_stored(measurement),
+                "hardware": hardware.describe(),
+                "record": record,
+            }
+            write_whole(here / RESULTS_FILE, json.dumps([*_stored(here), new], indent=1))
 
 
 def facts_of(job: Job, folder: Path) -> dict[str, Any]:
-    """Size, operations and time of a finished run, and what it was measured on."""
+    """Size, operations and time of a finished run."""
     here = run_folder(folder, job.row, job.seed)
     return {**json.loads((here / FACTS_FILE).read_text()), "seconds": training_seconds(here)}
 
 
 def _facts(model: Any, config: RunConfig) -> dict[str, Any]:
-    """Size of a model, operations of a forward and backward a token of a training row, and where
-    it is measured."""
+    """Size of a model, and operations of a forward and backward a token of a training row."""
     ids = torch.zeros(1, config.train_length, dtype=torch.int64, device=model.device)
     model.train()
     operations = count_flops(lambda: model(input_ids=ids, labels=ids).loss.backward())
     model.zero_grad(set_to_none=True)
     model.eval()
-    return {
-        "parameters": model.num_parameters(),
-        "flops_per_token": operations / ids.numel(),
-        "hardware": hardware.describe(),
-    }
+    return {"parameters": model.num_parameters(), "flops_per_token": operations / ids.numel()}
 
 
 def run_all(

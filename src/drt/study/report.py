@@ -13,7 +13,15 @@ from drt.evaluation.document_losses import pooled_difference
 from drt.run_config import read_mapping
 from drt.study.config import Column, StudyConfig, slug
 from drt.study.figures import draw_curve
-from drt.study.jobs import Job, check_configuration, facts_of, is_done, plan_jobs, results_of
+from drt.study.jobs import (
+    Job,
+    check_configuration,
+    facts_of,
+    hardware_of,
+    is_done,
+    plan_jobs,
+    results_of,
+)
 from drt.version import __version__
 
 NONE = ""
@@ -132,8 +140,12 @@ def _check_columns(results: Results) -> None:
 def _made_by(results: Results, command: str) -> str:
     seeds = ", ".join(map(str, results.study.seeds))
     made = f"Made by `{command}`, {date.today().isoformat()}, drt {__version__}; seeds {seeds}."
-    facts = [each for row in results.done for each in results.facts(row)]
-    measured_on = dict.fromkeys(each["hardware"] for each in facts)
+    measured_on = dict.fromkeys(
+        each
+        for row, done in results.done.items()
+        for seed in done
+        for each in hardware_of(results.study, Job(row, seed), results.folder)
+    )
     whole = NONE
     if not results.is_whole:
         whole = (
