@@ -11,7 +11,9 @@ from drt.study.config import Curve
 
 
 def draw_curve(path: Path, series: dict[str, list[Any]], *, curve: Curve, title: str) -> None:
-    """Draw one line a row, the mean over its seeds, with all seeds' range as a shade.
+    """Draw one line a row, the mean over its seeds, with bars to the lowest and the highest.
+
+    Rows stand a little beside each other, so that their bars can be told apart.
 
     Args:
         path: where to; its ending chooses the format.
@@ -19,22 +21,33 @@ def draw_curve(path: Path, series: dict[str, list[Any]], *, curve: Curve, title:
         curve: which keys, and how they are shown.
         title: what stands above.
     """
-    figure, axis = pyplot().subplots(figsize=(7, 4.2), dpi=130)
+    figure, axis = pyplot().subplots(figsize=(8, 4.2), dpi=130)
     ticks: set[float] = set()
     for number, (row, seeds) in enumerate(series.items()):
         points = _points(seeds, curve)
         ticks |= set(points)
         right = sorted(points)
-        line = style(number)
-        axis.plot(right, [fmean(points[x]) for x in right], label=row, **line)
-        low, high = ([edge(points[x]) for x in right] for edge in (min, max))
-        axis.fill_between(right, low, high, color=line["color"], alpha=0.15, linewidth=0)
+        aside = 1 + 0.04 * (number - (len(series) - 1) / 2)
+        means = [fmean(points[x]) for x in right]
+        below = [mean - min(points[x]) for mean, x in zip(means, right, strict=True)]
+        above = [max(points[x]) - mean for mean, x in zip(means, right, strict=True)]
+        axis.errorbar(
+            [x * aside for x in right],
+            means,
+            yerr=[below, above],
+            label=row,
+            capsize=3,
+            elinewidth=1,
+            **style(number),
+        )
     right_label = curve.x_label or curve.x.replace("_", " ")
     axis.set(title=title, xlabel=right_label, ylabel=curve.y.replace("_", " "))
     length_axis(axis, {x: short_length(int(x)) for x in sorted(ticks)})
     if curve.log_y:
         axis.set_yscale("log")
-    axis.legend(frameon=False, fontsize=8)
+        for ticks_of in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            ticks_of("{x:g}")
+    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.tight_layout()
     save(figure, path)
 
