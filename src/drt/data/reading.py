@@ -67,9 +67,16 @@ def check_path(path: Path) -> None:
     read_path(path, max_bytes=4)
 
 
-def list_text_files(folder: Path) -> list[Path]:
-    """Return the text files below ``folder`` by name; raise ValueError if there are none."""
-    return [folder / name for name in sorted(_text_files(folder))]
+def list_text_files(path: Path) -> list[Path]:
+    """Return the text files below a folder by name, or a file itself.
+
+    Raises:
+        ValueError: the folder has none, or the file is as `check_is_text` says.
+    """
+    if path.is_dir():
+        return [path / name for name in sorted(_text_files(path))]
+    check_is_text(path)
+    return [path]
 
 
 def is_rows(path: Path) -> bool:

@@ -10,13 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from drt.data.reading import (
-    ROWS_SUFFIX,
-    XZ_SUFFIX,
-    check_is_text,
-    list_text_files,
-    parse_row,
-)
+from drt.data.reading import XZ_SUFFIX, is_rows, list_text_files, parse_row
 
 STDIN = "-"
 PIECE_BYTES = 1 << 20
@@ -58,11 +52,7 @@ def list_inputs(paths: list[str]) -> list[TextInput]:
             continue
         if not Path(path).exists():
             raise ValueError(f"there is no file or folder {path}")
-        if Path(path).is_dir():
-            files = list_text_files(Path(path))
-        else:
-            check_is_text(Path(path))
-            files = [Path(path)]
+        files = list_text_files(Path(path))
         inputs += [TextInput(str(file), file.stat().st_size) for file in files]
     for name, count in Counter(item.name for item in inputs).items():
         if count > 1:
@@ -100,7 +90,7 @@ class InputStream:
         name = self.item.name
         stream = lzma.LZMAFile(self._raw) if name.endswith(XZ_SUFFIX) else self._raw  # noqa: SIM115
         try:
-            if name.removesuffix(XZ_SUFFIX).endswith(ROWS_SUFFIX):
+            if is_rows(Path(name)):
                 yield from self._rows(cast(BinaryIO, stream))
             else:
                 skip(cast(BinaryIO, stream), self._start)

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, Protocol, cast
 
 from drt.data.prepared.format import Position
 from drt.data.prepared.pieces import Piece, cut_pieces
-from drt.data.reading import ROWS_SUFFIX, XZ_SUFFIX, check_is_text, is_rows, list_text_files
+from drt.data.reading import ROWS_SUFFIX, XZ_SUFFIX, is_rows, list_text_files
 from drt.data.streaming import InputStream, TextInput
 
 START = Position(0, 0)
@@ -242,10 +242,10 @@ def find_splits(
 
 
 def _files(path: Path, *, rows_only: bool) -> Files:
+    found = list_text_files(path)
     if not path.is_dir():
-        check_is_text(path)
         return [(path.name, path)]
-    files = [file for file in list_text_files(path) if is_rows(file) or not rows_only]
+    files = [file for file in found if is_rows(file) or not rows_only]
     if not files:
         raise ValueError(f"there is no {ROWS_SUFFIX} or {ROWS_SUFFIX}{XZ_SUFFIX} file in {path}")
     return [(file.relative_to(path).as_posix(), file) for file in files]
