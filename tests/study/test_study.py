@@ -113,6 +113,51 @@ def test_pretrained_runs_are_trained_but_not_measured(study_file: Path) -> None:
         load_study(study_file, ["pretrained.After={}"])
 
 
+def test_what_was_measured_is_kept_without_the_models(study_file: Path) -> None:
+    study, folder = load_study(study_file, ["seeds=[0]"]), study_file.parent / "runs"
+    for job in plan_jobs(study):
+        run_job(study, job, folder)
+    first, page = study_file.parent / "first.md", study_file.parent / "page.md"
+    write_page(study, folder, first, command="drt study small")
+    kept = study_file.parent / "kept"
+    for name in ("run.yaml", "facts.json", "results.json"):
+        for file in folder.rglob(name):
+            copy = kept / file.relative_to(folder)
+            if file.parent.name == "seed-0":
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, copy)
+    write_page(study, kept, page, command="drt study small")
+    assert page.read_text() == first.read_text().replace("(first-", "(page-")
+    # Nothing is trained again, unless a run that is not done begins with it.
+    for job in plan_jobs(study):
+        run_job(study, job, kept)
+    assert not list(kept.rglob("model"))
+    (kept / "more-of-it" / "seed-0" / "results.json").unlink()
+    window = Job("window", 0)
+    assert not is_done(study, window, kept)
+    run_job(study, window, kept)
+    assert is_done(study, window, kept)
+    assert (kept / "window" / "seed-0" / "model").is_dir()
+
+
+def test_pretrained_runs_are_not_needed_once_all_is_measured(study_file: Path) -> None:
+    data = yaml.safe_load(study_file.read_text())
+    data["pretrained"] = {"before": {"model": {"retrieval_groups": []}}, "alone": {}}
+    data["rows"] = {"after": {"initial": {"row": "before"}, "model": {}}}
+    data["columns"]["at 128"]["paper"], data["comparisons"] = {}, []
+    study_file.write_text(yaml.safe_dump(data, sort_keys=False))
+    study, folder = load_study(study_file, ["seeds=[0]"]), study_file.parent / "runs"
+    before, after = Job("before", 0), Job("after", 0)
+    for job in (before, after):
+        assert not is_done(study, job, folder)
+        run_job(study, job, folder)
+    shutil.rmtree(run_folder(folder, "before", 0))
+    assert is_done(study, before, folder)
+    assert not is_done(study, Job("alone", 0), folder)
+    (run_folder(folder, "after", 0) / "results.json").unlink()
+    assert not is_done(study, before, folder)
+
+
 def test_studies_share_runs(
     study_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

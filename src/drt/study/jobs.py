@@ -33,7 +33,8 @@ RESULTS_FILE = "results.json"
 """In a run's folder: a list of what was measured, with what settings and on what hardware."""
 
 FACTS_FILE = "facts.json"
-"""In a run's folder: how large the model is, and what a token of training takes."""
+"""In a run's folder: how large the model is, what a token of training takes, and how long the
+whole training took."""
 
 LOG_FILE = "log.txt"
 
@@ -188,10 +189,18 @@ def check_configuration(
 
 
 def is_done(study: StudyConfig, job: Job, folder: Path) -> bool:
-    """Whether nothing is left to do for a run."""
+    """Whether nothing is left to do for a run.
+
+    A model that has been measured may be removed, unless a run that is not done begins with it.
+    """
     here = run_folder(folder, job.row, job.seed)
-    measured = len(results_of(study, job, folder)) == len(study.measurements_of(job.row))
-    return is_finished(here) and (here / FACTS_FILE).is_file() and measured
+    if job.row in study.rows:
+        measured = len(results_of(study, job, folder)) == len(study.measurements_of(job.row))
+        if not (measured and (here / FACTS_FILE).is_file()):
+            return False
+    followers = [row for row in study.trained if study.initial_row(row) == job.row]
+    used = all(is_done(study, Job(row, job.seed), folder) for row in followers)
+    return is_finished(here) or (used and (job.row in study.rows or bool(followers)))
 
 
 def run_job(study: StudyConfig, job: Job, folder: Path) -> None:
@@ -233,16 +242,20 @@ def alone(job: Job, folder: Path) -> Iterator[None]:
 def _run_job(study: StudyConfig, job: Job, folder: Path) -> None:
     config = check_configuration(study, read_mapping(Path(study.base)), job, folder)
     here = Path(config.output_dir)
-    trained, begun = is_finished(here), (here / CONFIG_FILE).is_file()
+    done, trained = is_done(study, job, folder), is_finished(here)
+    begun = (here / CONFIG_FILE).is_file()
     # The first process writes the run's files as soon as it trains: by now all have looked.
     PartialState().wait_for_everyone()
+    if done:
+        return
     if not trained:
         train(config, resume=begun, title=f"train {job.row} {job.seed}")
     if not PartialState().is_main_process or is_done(study, job, folder):
         return
     checkpoint = load_checkpoint(here / FINAL_FOLDER)
     if not (here / FACTS_FILE).is_file():
-        write_whole(here / FACTS_FILE, json.dumps(_facts(checkpoint.model, config)))
+        facts = {**_facts(checkpoint.model, config), "seconds": training_seconds(here)}
+        write_whole(here / FACTS_FILE, json.dumps(facts))
     done = results_of(study, job, folder)
     for name, measurement in study.measurements_of(job.row).items():
         if name not in done:
@@ -258,8 +271,7 @@ def _run_job(study: StudyConfig, job: Job, folder: Path) -> None:
 
 def facts_of(job: Job, folder: Path) -> dict[str, Any]:
     """Size, operations and time of a finished run."""
-    here = run_folder(folder, job.row, job.seed)
-    return {**json.loads((here / FACTS_FILE).read_text()), "seconds": training_seconds(here)}
+    return json.loads((run_folder(folder, job.row, job.seed) / FACTS_FILE).read_text())
 
 
 def _facts(model: Any, config: RunConfig) -> dict[str, Any]:
