@@ -147,6 +147,8 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr("drt.saved_state.os.fsync", full)
     with pytest.raises(OSError, match=r"cannot write: No space left.*state\.partial"):
+        model.save_state(state, tmp_path)
+    with pytest.raises(OSError, match=r"cannot write: No space left.*memory"):
         model.save_state(state, tmp_path / "memory")
 
 

@@ -23,7 +23,7 @@ from drt.chunking import Cursor
 from drt.configuration import DRTConfig
 from drt.memory import DiskMemory, HostMemory, MemoryFormatError
 from drt.memory.base import InferenceMemory
-from drt.memory.files import named_errors, sync_folder
+from drt.memory.files import make_folder, named_errors, sync_folder
 from drt.retrieval import RetrievedChunks
 from drt.state import CurrentRetrieval, DRTState
 
@@ -95,7 +95,7 @@ def save_state(
     else:
         if (folder / MANIFEST_FILE).exists():
             raise ValueError(f"{folder} holds another memory already")
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     tensors = _tensors(state)
     header = {
         "format": FORMAT,

@@ -166,8 +166,13 @@ def test_a_memory_of_no_chunks_is_one(oracle: Any, tmp_path: Path) -> None:
 
 
 def test_a_commit_brings_everything_to_the_medium(oracle: Any, tmp_path: Path, medium: Any) -> None:
-    folder = tmp_path / "memory"
+    folder = tmp_path / "new" / "memory"
     memory = filled(folder, oracle)
+    # The names of the folders, each in the one above it.
+    assert set(medium.names[:2]) == {"new", tmp_path.name}
+    assert "new" in medium.held[tmp_path.name]
+    assert "memory" in medium.held["new"]
+    del medium.names[:2]
     # The manifest, under the name that it has until it is whole, and its own name.
     assert medium.names == ["manifest.json.new", "memory"]
     assert medium.held["memory"] == {"lock", "journal.bin", "manifest.json"}
@@ -226,6 +231,7 @@ def test_every_append_is_on_the_medium_if_that_is_wanted(
 def test_nothing_is_forced_to_the_medium_if_that_is_not_wanted(
     oracle: Any, tmp_path: Path, medium: Any
 ) -> None:
+    (tmp_path / "memory").mkdir()
     memory = filled(tmp_path / "memory", oracle, fsync="never")
     # The manifest is written only once, and as a whole.
     medium.names.remove("manifest.json.new")

@@ -229,15 +229,15 @@ def _read_rows(
         if not line.strip():
             continue
         try:
-            identifier, data = parse_row(line)
+            row = json.loads(line)
+            data = text_of(row).encode()
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
         text = _cut(data, max_bytes)
         max_bytes -= len(text.encode())
         if text:
-            yield TextDocument(
-                name=f"{name}:{number if identifier is None else identifier}", text=text
-            )
+            called = row.get("id")
+            yield TextDocument(name=f"{name}:{number if called is None else called}", text=text)
         if len(text.encode()) < len(data) or not max_bytes:
             return
 
@@ -264,14 +264,15 @@ def _parsed(line: bytes, path: Path, number: int) -> Any:
         raise ValueError(message) from error
 
 
-def parse_row(line: bytes) -> tuple[object, bytes]:
-    """Return the id (or None) and the text of a JSON line; raise ValueError without a text."""
-    row = json.loads(line)
+def text_of(row: Any, text_field: str = "text") -> str:
+    """Return the text of a row; raise ValueError without one, or where UTF-8 cannot hold it."""
     if not isinstance(row, dict):
         raise ValueError(f"the row is a {type(row).__name__}, not an object")
-    if not isinstance(row.get("text"), str):
-        raise ValueError(f"the row has no string 'text'; its fields are {sorted(row)}")
-    return row.get("id"), row["text"].encode()
+    text = row.get(text_field)
+    if not isinstance(text, str):
+        raise ValueError(f"the row has no string {text_field!r}; its fields are {sorted(row)}")
+    text.encode()
+    return text
 
 
 def _cut(data: bytes, max_bytes: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import json
 import lzma
 import sys
 from collections import Counter
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from drt.data.reading import XZ_SUFFIX, is_rows, list_text_files, parse_row
+from drt.data.reading import XZ_SUFFIX, is_rows, list_text_files, text_of
 
 STDIN = "-"
 PIECE_BYTES = 1 << 20
@@ -108,7 +109,7 @@ class InputStream:
             if not line.strip() or (waiting and source != self._source):
                 continue
             try:
-                _, data = parse_row(line)
+                data = text_of(json.loads(line)).encode()
             except ValueError as error:
                 raise ValueError(f"{name}, line {number}: {error}") from error
             start = self._start if waiting else 0

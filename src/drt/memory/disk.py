@@ -12,7 +12,14 @@ from torch import Tensor
 
 from drt.memory.base import InferenceMemory, Options
 from drt.memory.disk_slab import DiskSlab
-from drt.memory.files import FSYNC_POLICIES, FileMode, FolderLock, FsyncPolicy, sync_folder
+from drt.memory.files import (
+    FSYNC_POLICIES,
+    FileMode,
+    FolderLock,
+    FsyncPolicy,
+    make_folder,
+    sync_folder,
+)
 from drt.memory.journal import Journal, make_entries
 from drt.memory.manifest import FORMAT, VERSION, Manifest
 from drt.memory.ram import HostMemory
@@ -72,7 +79,7 @@ class DiskMemory(InferenceMemory):
         folder = Path(folder)
         options = Options(dtype, slab_size, landmark_dtype, scan)
         memory = cls(folder, options, verify_reads=verify_reads)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         memory._lock, memory._fsync = FolderLock(folder), fsync
         if (folder / "manifest.json").exists():
             memory._lock.release()

@@ -53,6 +53,19 @@ def named_errors(path: Path) -> Iterator[None]:
         raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, where there is none, and bring their names to the medium.
+
+    Raises:
+        FileExistsError: a file is where a folder is to be.
+    """
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for each in missing:
+        with named_errors(each):
+            sync_folder(each.parent)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that it is there in full or as it was, under `NAME.new` until then."""
     temporary = path.with_name(f"{path.name}.new")

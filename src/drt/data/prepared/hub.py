@@ -7,7 +7,8 @@ from typing import Any
 
 from drt.data.prepared.format import Position
 from drt.data.prepared.pieces import Piece, cut_pieces
-from drt.data.prepared.sources import START, text_of
+from drt.data.prepared.sources import START
+from drt.data.reading import text_of
 
 
 class HubSource:
@@ -54,7 +55,6 @@ class HubSource:
             self.done = number + 1
             try:
                 text = text_of(row, self._text_field)
-                text.encode()
             except ValueError as error:
                 raise ValueError(f"{self._name}, row {number + 1}: {error}") from error
             called = row.get(self._name_field)

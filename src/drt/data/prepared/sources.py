@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, Protocol, cast
 
 from drt.data.prepared.format import Position
 from drt.data.prepared.pieces import Piece, cut_pieces
-from drt.data.reading import ROWS_SUFFIX, XZ_SUFFIX, is_rows, list_text_files
+from drt.data.reading import ROWS_SUFFIX, XZ_SUFFIX, is_rows, list_text_files, text_of
 from drt.data.streaming import InputStream, TextInput
 
 START = Position(0, 0)
@@ -52,16 +52,6 @@ class Source(Protocol):
     def read(self, start: Position = START) -> Iterator[Piece]:
         """The pieces of all documents from a place on; ValueError that says where it is broken."""
         ...
-
-
-def text_of(row: Any, text_field: str) -> str:
-    """The text of a row; ValueError without one."""
-    if not isinstance(row, dict):
-        raise ValueError(f"the row is a {type(row).__name__}, not an object")
-    text = row.get(text_field)
-    if not isinstance(text, str):
-        raise ValueError(f"the row has no string {text_field!r}; its fields are {sorted(row)}")
-    return text
 
 
 class FileSource:
@@ -122,7 +112,6 @@ class FileSource:
         try:
             row = json.loads(line)
             text = text_of(row, self._text_field)
-            text.encode()
         except ValueError as error:
             raise ValueError(f"{path}, line {after.row}: {error}") from error
         called = row.get(self._name_field)
