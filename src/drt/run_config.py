@@ -127,9 +127,9 @@ class EvaluationConfig:
     """The task with one needle."""
     multi: NeedleTask = MULTI_TASK
     """The task with several named needles; its questions share a context."""
-    num_questions: int = 64
+    questions: int = 64
     """Questions per length and task."""
-    num_questions_longest: int = 8
+    questions_longest: int = 8
     """Questions on a single needle at lengths above `long_from`."""
     long_from: int = 262144
     """Lengths above this many tokens count as longest."""

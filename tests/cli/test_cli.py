@@ -23,8 +23,8 @@ def config(tmp_path: Path, small_model: dict[str, Any]) -> Path:
             "lengths": [128, 512],
             "single": TASK,
             "multi": {"kind": "multi", "num_keys": 2, "num_questions": 2, "num_digits": 2},
-            "num_questions": 4,
-            "num_questions_longest": 2,
+            "questions": 4,
+            "questions_longest": 2,
             "long_from": 256,
         },
     }

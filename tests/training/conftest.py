@@ -29,7 +29,7 @@ def small_run(folder: Path, model: dict[str, Any]) -> RunConfig:
         ],
         "evaluation": {
             "lengths": [128, 256],
-            "num_questions": 4,
+            "questions": 4,
             "multi": {"kind": "multi", "num_keys": 2, "num_questions": 2, "num_digits": 2},
         },
     }

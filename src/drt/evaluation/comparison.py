@@ -16,7 +16,7 @@ def needle_evaluations(evaluation: EvaluationConfig) -> dict[str, NeedleEvaluati
     """What a run's configuration has evaluated: "single", and "multi" where lengths are left."""
     multi_lengths = [length for length in evaluation.lengths if length <= evaluation.multi_up_to]
     common: dict[str, Any] = {
-        "questions": evaluation.num_questions,
+        "questions": evaluation.questions,
         "long_from": evaluation.long_from,
         "seeds": [evaluation.seed],
         "memory": evaluation.memory,
@@ -27,7 +27,7 @@ def needle_evaluations(evaluation: EvaluationConfig) -> dict[str, NeedleEvaluati
         "single": NeedleEvaluationTask(
             task=evaluation.single,
             lengths=evaluation.lengths,
-            questions_longest=evaluation.num_questions_longest,
+            questions_longest=evaluation.questions_longest,
             **common,
         )
     }
@@ -35,7 +35,7 @@ def needle_evaluations(evaluation: EvaluationConfig) -> dict[str, NeedleEvaluati
         found["multi"] = NeedleEvaluationTask(
             task=evaluation.multi,
             lengths=multi_lengths,
-            questions_longest=evaluation.num_questions,
+            questions_longest=evaluation.questions,
             **common,
         )
     return found
