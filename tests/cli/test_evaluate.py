@@ -2,15 +2,19 @@
 
 import json
 import lzma
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from drt import DRTForCausalLM
+from drt.cli.evaluate import _tasks
 from drt.cli.main import main
 from drt.data import byte_tokenizer
+from drt.run_config import EvaluationConfig
 from drt.testing import tiny_config
 
 SETTINGS = ["--questions", "2", "--lengths", "128", "--set", "task.num_digits=2"]
@@ -64,7 +68,7 @@ def test_models_side_by_side(models: dict[str, str], tmp_path: Path, capsys: Any
 def test_any_needle_task(models: dict[str, str], capsys: Any) -> None:
     command = ["eval", models["l"], "--task", "needle", "--corpus", models["text"], *SETTINGS]
     assert main([*command, "task.kind=multi", "task.num_keys=2", "task.num_questions=2"]) == 0
-    assert "l          multi" in capsys.readouterr().out
+    assert "l      multi" in capsys.readouterr().out
 
 
 def test_lengths_that_a_model_cannot_read(models: dict[str, str], capsys: Any) -> None:
@@ -77,6 +81,43 @@ def test_lengths_that_a_model_cannot_read(models: dict[str, str], capsys: Any) -
     assert "l has positions for 256 tokens: 512 left out" in capsys.readouterr().out
     assert main([*command, "--set", "beyond_limit=go_on"]) == 0
     assert "l was made for 256 tokens and went on beyond" in capsys.readouterr().out
+
+
+def test_what_was_measured_before_an_error_is_kept(
+    models: dict[str, str], tmp_path: Path, capsys: Any
+) -> None:
+    file = tmp_path / "records.json"
+    command = ["eval", models["d"], models["l"], "--corpus", models["text"], "--json", str(file)]
+    # Only the first of the models has as many positions.
+    wanted = ["--task", "single", "--questions", "2", "--lengths", "128", "512"]
+    assert main([*command, *wanted, "--set", "task.num_digits=2"]) == 2
+    shown = capsys.readouterr()
+    assert "has 256 positions" in shown.err
+    assert [line.split()[0] for line in shown.out.splitlines()[2:]] == ["d"] * 4
+    assert list(json.loads(file.read_text())["models"]) == ["d"]
+    # The second of the tasks finds no room at this length.
+    options = ["--questions", "2", "--lengths", "64", "--set", "task.num_digits=2"]
+    assert main([*command, *options]) == 2
+        main([*command, "--questions", "2", "--lengths", "64", "--set", "task.num_digits=2"]) == 2
+    )
+    assert [*json.loads(file.read_text())["models"]["d"]] == ["single"]
+    assert "d      single  exact match" in capsys.readouterr().out
+
+
+def test_a_task_asked_for_by_name_has_the_settings_of_the_run(
+    models: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = EvaluationConfig(lengths=[2**22], multi_up_to=1024, segment_size=777)
+    run = SimpleNamespace(evaluation=settings, corpus=models["text"])
+    monkeypatch.setattr("drt.cli.evaluate._first_run", lambda sources: run)
+    asked = Namespace(
+        task="multi", settings=[], questions=None, seed=None, lengths=None,
+        corpus=None, memory=None, memory_dtype=None,
+    )  # fmt: skip
+    (task,) = _tasks(asked, []).values()
+    assert (task.segment_size, task.corpus, task.lengths) == (777, models["text"], [2**22])
+    asked.task = "all"
+    assert list(_tasks(asked, [])) == ["single"]
 
 
 def test_tasks_are_listed(capsys: Any) -> None:
@@ -97,6 +138,10 @@ def test_tasks_are_listed(capsys: Any) -> None:
         (["{d}", "--set", "depths"], "a setting reads key=value, got 'depths'"),
         (["{d}", "--json", "nowhere/x.json"], "there is no folder nowhere to write x.json to"),
         (["{d}", "--figure", "nowhere/x.png"], "there is no folder nowhere to write x.png to"),
+        (["{d}", "--json", "{folder}"], "is a folder: name a file in it"),
+        (["{d}", "--task", "single", "--figure", "x.xyz"], "x.xyz: its ending must be one of"),
+        (["{d}", "--task", "single", "--seed", "-1"], "seeds must be at least 0, got -1"),
+        (["{d}", "--task", "babi", "--set", "facts=nowhere"], "no stories at nowhere"),
         (["{d}", "--lengths", "100"], "length is 100; it must be a multiple of chunk_size 16"),
         (["{d}", "--figure", "x.png"], "--figure draws one task: choose one of single, multi"),
         (["{d}", "--corpus", "no/such/file"], "no/such/file"),

@@ -67,11 +67,20 @@ def run(options: argparse.Namespace) -> None:
     models = _by_name(options.checkpoints)
     sources = [_source(model) for model in models.values()]
     tasks = {name: for_models(task, sources) for name, task in _tasks(options, sources).items()}
-    _check_folders(options.json, options.figure)
+    _check_files(options.json, options.figure)
     _check_figure(options.figure, tasks)
-    records = _evaluate(tasks, models, options.json)
-    shown = [task.table(_of_task(name, records)) for name, task in tasks.items()]
-    print("\n\n".join(shown))
+    for task in tasks.values():
+        if hasattr(task, "check_data"):
+            task.check_data()
+    records: dict[str, dict[str, Any]] = {}
+    try:
+        _evaluate(tasks, models, records, options.json)
+    finally:
+        # What was measured before an error or an interruption is shown too.
+        measured = {name: _of_task(name, records) for name in tasks}
+        shown = [tasks[name].table(found) for name, found in measured.items() if found]
+        if shown:
+            print("\n\n".join(shown))
     if options.figure:
         for name, task in tasks.items():
             task.draw(_of_task(name, records), options.figure)
@@ -109,7 +118,9 @@ def _tasks(options: argparse.Namespace, sources: list[Path | str]) -> dict[str, 
     if options.task == ALL and options.lengths:
         # The longest length for several needles holds for these too.
         evaluation = replace(evaluation, lengths=options.lengths)
-    own = {name: asdict(task) for name, task in needle_evaluations(evaluation).items()}
+    # Asked for by its name, "multi" has these settings at any lengths.
+    everywhere = replace(evaluation, multi_up_to=max(evaluation.lengths, default=0))
+    own = {name: asdict(task) for name, task in needle_evaluations(everywhere).items()}
     own["needle"] = {key: value for key, value in own["single"].items() if key != "task"}
     own["babi"] = {key: own["single"][key] for key in ("memory", "memory_dtype", "segment_size")}
     haystack = {} if run is None or run.corpus is None else {"corpus": run.corpus}
@@ -146,11 +157,19 @@ def _shortcuts(options: argparse.Namespace, name: str) -> dict[str, Any]:
     return {key: value for key, value in wanted.items() if value is not None}
 
 
-def _check_folders(*files: Path | None) -> None:
+def _check_files(*files: Path | None) -> None:
     """Refuse files that cannot be written, before anything is measured."""
+    import os
+
     for file in files:
-        if file is not None and not file.parent.is_dir():
+        if file is None:
+            continue
+        if not file.parent.is_dir():
             raise ValueError(f"there is no folder {file.parent} to write {file.name} to")
+        if file.is_dir():
+            raise ValueError(f"{file} is a folder: name a file in it")
+        if not os.access(file if file.exists() else file.parent, os.W_OK):
+            raise ValueError(f"{file} cannot be written: no permission")
 
 
 def _check_figure(figure: Path | None, tasks: Mapping[str, Any]) -> None:
@@ -162,30 +181,37 @@ def _check_figure(figure: Path | None, tasks: Mapping[str, Any]) -> None:
     for name, task in tasks.items():
         if not hasattr(task, "draw"):
             raise ValueError(f"task {name} has no figure")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = sorted(FigureCanvasBase.get_supported_filetypes())
+    if figure.suffix.removeprefix(".").lower() not in kinds:
+        raise ValueError(f"--figure {figure}: its ending must be one of {', '.join(kinds)}")
 
 
 def _evaluate(
-    tasks: Mapping[str, Any], models: Mapping[str, str], to: Path | None
-) -> dict[str, dict[str, Any]]:
-    """Model name -> task -> record, written to a file after each model."""
+    tasks: Mapping[str, Any],
+    models: Mapping[str, str],
+    records: dict[str, dict[str, Any]],
+    to: Path | None,
+) -> None:
+    """Fill in model name -> task -> record, and write all to a file after each."""
     import json
 
     from drt import hardware
     from drt.checkpoints import load_checkpoint
+    from drt.memory.files import write_whole
 
-    records: dict[str, dict[str, Any]] = {}
     for name, where in models.items():
         checkpoint = load_checkpoint(where)
-        records[name] = {
-            task: tasks[task].evaluate(checkpoint, title=f"{name}, {task}") for task in tasks
-        }
+        for task in tasks:
+            record = tasks[task].evaluate(checkpoint, title=f"{name}, {task}")
+            records.setdefault(name, {})[task] = record
+            if to is not None:
+                content = {"hardware": hardware.describe(), "models": records}
+                write_whole(to, json.dumps(content, indent=2) + "\n")
         # Not held while the next one loads.
         del checkpoint
-        if to is not None:
-            content = {"hardware": hardware.describe(), "models": records}
-            to.write_text(json.dumps(content, indent=2) + "\n")
-    return records
 
 
 def _of_task(task: str, records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    return {name: record[task] for name, record in records.items()}
+    return {name: record[task] for name, record in records.items() if task in record}

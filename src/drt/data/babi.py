@@ -251,11 +251,16 @@ def _story(row: dict[str, object]) -> Story:
 def _encoded(
     path: str, tasks: tuple[int, ...], tokenizer: PreTrainedTokenizerBase
 ) -> list[EncodedStory]:
+    return encode_stories(stories_of(path, tasks), tokenizer)
+
+
+def stories_of(path: str, tasks: Sequence[int]) -> list[Story]:
+    """The stories of some tasks in a file; ValueError if one of them has none there."""
     stories = load_stories(path)
     missing = sorted(set(tasks) - {story.task for story in stories})
     if missing:
         raise ValueError(f"{path} has no stories of tasks {missing}")
-    return encode_stories([story for story in stories if story.task in tasks], tokenizer)
+    return [story for story in stories if story.task in tasks]
 
 
 # Gone through once for all rows of a stage, or all questions of a length.

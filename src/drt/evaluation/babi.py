@@ -12,7 +12,7 @@ import torch
 
 from drt.checkpoints import Checkpoint
 from drt.data import BabiStories, Corpus, NeedleExample, load_corpus, score_answer
-from drt.data.babi import load_stories
+from drt.data.babi import stories_of
 from drt.data.reading import check_path
 from drt.evaluation.intervals import Interval, wilson_interval
 from drt.evaluation.needles import (
@@ -24,6 +24,7 @@ from drt.evaluation.needles import (
 )
 from drt.evaluation.progress import token_bar
 from drt.evaluation.reading import check_length, start_reading
+from drt.tables import ruled
 
 
 class StoryAnswer(NamedTuple):
@@ -90,11 +91,13 @@ class BabiTask:
             raise ValueError(f"tasks is {self.tasks} and lengths {self.lengths}: neither may be []")
         if self.n < 1:
             raise ValueError(f"n is {self.n}; it must be 1 or more")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must be 0 or more")
         check_sizes(chunk_size=self.chunk_size, segment_size=self.segment_size)
 
     def check_data(self) -> None:
-        """Raise ValueError if there are no such stories, or no text at `corpus`."""
-        load_stories(self.facts)
+        """Raise ValueError if there are no such stories of a task, or no text at `corpus`."""
+        stories_of(self.facts, self.tasks)
         if self.corpus is not None:
             check_path(Path(self.corpus))
 
@@ -184,17 +187,14 @@ class BabiTask:
         """
         rows = [row for record in records.values() for row in record["scores"]]
         lengths = sorted({row["length"] for row in rows})
-        width = max(10, *(len(name) for name in records))
-        head = f"{'model':<{width}} {'task':<6}{'figure':<12}"
-        lines = [head + "".join(f"{length:>16,}" for length in lengths)]
-        lines.append("-" * len(lines[0]))
+        lines = [["model", "task", "figure", *(f"{length:,}" for length in lengths)]]
         for name, record in records.items():
             for task in dict.fromkeys(row["task"] for row in record["scores"]):
                 cells = {row["length"]: row for row in record["scores"] if row["task"] == task}
                 for figure, texts in _figures(cells):
-                    shown = "".join(f"{texts.get(length, '-'):>16}" for length in lengths)
-                    lines.append(f"{name:<{width}} {f'qa{task}':<6}{figure:<12}{shown}")
-        return "\n".join(lines)
+                    shown = [texts.get(length, "-") for length in lengths]
+                    lines.append([name, f"qa{task}", figure, *shown])
+        return ruled(lines, num_left=3)
 
 
 def _score(task: int, length: int, answers: list[StoryAnswer]) -> BabiScore:

@@ -48,7 +48,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
 def _draw_accuracy(axis: Any, name: str, model: dict[str, Any]) -> None:
     for task, line in (("single", "-"), ("multi", "--")):
         rows = model[task]
-        label = f"{_LABELS.get(name, name)}, {'one needle' if task == 'single' else 'six needles'}"
+        label = (
+            f"{_LABELS.get(name, name)}, {'one needle' if task == 'single' else 'several needles'}"
+        )
         axis.plot(
             [row["length"] for row in rows],
             [row["exact_match"] for row in rows],

@@ -24,6 +24,7 @@ from drt.evaluation.needles import (
 )
 from drt.evaluation.progress import token_bar
 from drt.evaluation.reading import check_length, position_limit
+from drt.tables import ruled
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ class NeedleEvaluationTask:
         if len(set(self.seeds)) < len(self.seeds):
             # The same questions twice would make intervals too narrow.
             raise ValueError(f"seeds must be different numbers, got {self.seeds}")
+        if min(self.seeds) < 0:
+            raise ValueError(f"seeds must be at least 0, got {min(self.seeds)}")
         if self.depths == []:
             raise ValueError("depths is empty: leave it out for needles anywhere")
         for name, values in (
@@ -275,15 +278,12 @@ def format_scores(models: Mapping[str, Mapping[str, list[dict[str, Any]]]]) -> s
     """
     rows = [row for tasks in models.values() for scores in tasks.values() for row in scores]
     lengths = sorted({row["length"] for row in rows})
-    width = max(10, *(len(name) for name in models))
-    head = f"{'model':<{width}} {'task':<9} {'figure':<14}" + "".join(f"{n:>13,}" for n in lengths)
-    lines = [head, "-" * len(head)]
+    lines = [["model", "task", "figure", *(f"{length:,}" for length in lengths)]]
     for name, tasks in models.items():
         for task, scores in tasks.items():
             for label, cells in _figures(scores):
-                shown = "".join(f"{cells.get(length, '-'):>13}" for length in lengths)
-                lines.append(f"{name:<{width}} {task:<9} {label:<14}{shown}")
-    return "\n".join(lines)
+                lines.append([name, task, label, *(cells.get(each, "-") for each in lengths)])
+    return ruled(lines, num_left=3)
 
 
 def _figures(scores: list[dict[str, Any]]) -> Iterable[tuple[str, dict[int, str]]]:

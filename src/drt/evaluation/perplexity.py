@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,12 +12,7 @@ import numpy as np
 
 from drt.checkpoints import Checkpoint
 from drt.data.prepared import PreparedSplit
-from drt.evaluation.document_losses import (
-    ScoredWindows,
-    compare_rows,
-    paired_difference,
-    sum_by_document,
-)
+from drt.evaluation.document_losses import ScoredWindows, compare_rows, sum_by_document
 from drt.evaluation.pictures import short_length
 from drt.evaluation.progress import token_bar
 from drt.evaluation.reading import check_length
@@ -31,11 +26,20 @@ from drt.evaluation.windows import (
     cut_windows,
     shorten,
 )
-
-__all__ = ["PerplexityTask", "paired_difference"]
+from drt.tables import ruled
 
 OVERALL = "overall"
 """What the row of all positions is called."""
+
+_MODES_OF = {
+    "lengths": ("segmented", "sliding"),
+    "longest_length": ("sliding",),
+    "stride": ("sliding",),
+    "max_targets": ("sliding",),
+    "max_tokens": ("segmented", "book"),
+    "first_bucket": ("book",),
+}
+"""Settings that not every mode reads."""
 
 # The bucket of all positions.
 WHOLE = (0, 1 << 62)
@@ -104,16 +108,21 @@ class PerplexityTask:
             raise ValueError(f"lengths must be of at least 2 tokens, got {self.lengths}")
         if self.first_bucket < 2:
             raise ValueError(f"first_bucket must be at least 2 tokens, got {self.first_bucket}")
-        for name in ("stride", "longest_length"):
-            if self.mode != "sliding" and getattr(self, name) is not None:
-                raise ValueError(f"{name} is of sliding windows, mode is {self.mode}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
+        for item in fields(self):
+            modes, value = _MODES_OF.get(item.name, (self.mode,)), getattr(self, item.name)
+            default = item.default if item.default_factory is MISSING else item.default_factory()
+            if self.mode not in modes and value != default:
+                raise ValueError(
+                    f"{item.name} is {value}, which mode {self.mode} does not read: it is of mode "
+                    f"{' and '.join(modes)}"
+                )
         if self.longest_length is not None and self.longest_length < max(self.lengths):
             raise ValueError(
                 f"longest_length is {self.longest_length}: it must be at least the longest of "
                 f"lengths, {max(self.lengths)}"
             )
-        if self.mode == "sliding" and self.max_tokens is not None:
-            raise ValueError("max_tokens is not of sliding windows: set max_targets")
         if self.stride is not None and self.stride >= shortest:
             raise ValueError(f"stride is {self.stride}: it must be below the length {shortest}")
 
@@ -344,13 +353,8 @@ def _table(records: dict[str, dict[str, Any]], figure: str, title: str) -> str:
     }
     if all(cell == "-" for line in cells.values() for cell in line):
         return ""
-    width = max(len(name) for name in ("model", *cells))
-    size = max(len(cell) for line in (labels, *cells.values()) for cell in line) + 2
-    lines = [
-        f"{name:<{width}}" + "".join(f"{cell:>{size}}" for cell in line)
-        for name, line in (("model", labels), *cells.items())
-    ]
-    return "\n".join([title, lines[0], "-" * len(lines[0]), *lines[1:]])
+    lines = [["model", *labels], *([name, *line] for name, line in cells.items())]
+    return f"{title}\n{ruled(lines)}"
 
 
 def _table_rows(record: dict[str, Any]) -> dict[str, dict[str, Any]]:

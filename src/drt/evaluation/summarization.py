@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from drt.data.summaries import SummaryExample, SummarySource, check_room, load_s
 from drt.data.summary_batches import Prompt, SummaryFormat
 from drt.evaluation.reading import check_length
 from drt.evaluation.rouge import ROUGE, References, Rouge, estimate_means, lead
+from drt.tables import ruled
 
 
 class WrittenSummary(NamedTuple):
@@ -57,7 +58,8 @@ class SummarizationTask(SummarySource):
     seed: int = 1
     """Seed of the choice of examples and of the bootstrap."""
     output: str | None = None
-    """Folder for the texts, a file `TITLE.jsonl` a model; None = they are not kept."""
+    """Folder for the texts, a file `TITLE.jsonl` a model, a line a text as soon
+    as it is written, those of the longest documents first; None = they are not kept."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,12 +67,20 @@ class SummarizationTask(SummarySource):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be 1 or more")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must be 0 or more")
         if self.length is not None:
             check_room(self.length, self.max_summary_tokens)
 
     def check_data(self) -> None:
-        """Raise the ValueError of `evaluate` if there are no such summaries."""
+        """Raise the errors of `evaluate` if there are no such summaries, or nothing to score with.
+
+        A folder for the texts is made.
+        """
+        Rouge()
         self._choose()
+        if self.output is not None:
+            Path(self.output).mkdir(parents=True, exist_ok=True)
 
     def evaluate(self, checkpoint: Checkpoint, *, title: str) -> dict[str, Any]:
         """Write and score the summaries.
@@ -87,11 +97,12 @@ class SummarizationTask(SummarySource):
 
         Raises:
             ImportError: `rouge-score` or, for the hub, `datasets` is not installed.
+            FileExistsError: `output` is a file.
             ValueError: nothing to read, or a prompt that the model's positions or the length have
                 no room for; a `length` that fits the model cuts documents.
         """
-        rouge = Rouge()
-        examples = self._choose()
+        rouge, examples = Rouge(), self._choose()
+        file = None if self.output is None else _texts_file(Path(self.output), title)
         written_as = SummaryFormat(self, checkpoint.tokenizer)
         room = None if self.length is None else self.length - self.max_summary_tokens - 1
         prompts = [written_as.prompt(example, length=room) for example in examples]
@@ -100,12 +111,15 @@ class SummarizationTask(SummarySource):
             checkpoint.model, longest + self.max_summary_tokens, beyond_limit=self.beyond_limit
         )
         started = time.perf_counter()
+        written: dict[int, WrittenSummary] = {}
         with checkpoint.autocast():
-            written = self._write(checkpoint.model, written_as, prompts, title)
+            for number, summary in self._write(checkpoint.model, written_as, prompts, title):
+                written[number] = summary
+                if file is not None:
+                    (score,) = self._scores(rouge, [examples[number]], [summary.text])
+                    _append_text(file, examples[number], summary, score)
         seconds = time.perf_counter() - started
-        scores = self._scores(rouge, examples, [each.text for each in written])
-        if self.output is not None:
-            _save_texts(Path(self.output), title, examples, written, scores)
+        scores = self._scores(rouge, examples, [written[n].text for n in range(len(written))])
         leads = [lead(example.document, self.lead_sentences) for example in examples]
         return {
             **self._figures(examples, scores),
@@ -113,9 +127,9 @@ class SummarizationTask(SummarySource):
             "n": len(examples),
             "num_documents": len({example.document_name for example in examples}),
             "num_cut": sum(prompt.num_cut > 0 for prompt in prompts),
-            "num_unfinished": sum(not each.is_finished for each in written),
+            "num_unfinished": sum(not each.is_finished for each in written.values()),
             "prompt_tokens": float(np.mean([len(prompt.token_ids) for prompt in prompts])),
-            "summary_tokens": float(np.mean([each.num_tokens for each in written])),
+            "summary_tokens": float(np.mean([each.num_tokens for each in written.values()])),
             "seconds": seconds,
             "settings": asdict(self),
         }
@@ -134,13 +148,10 @@ class SummarizationTask(SummarySource):
                 again = f" ({len(leads) + 1})" if leads else ""
                 leads[f"lead-{record['settings']['lead_sentences']}{again}"] = record["lead"]
         rows = {**records, **leads}
-        width = max(len("model"), *map(len, rows))
-        head = f"{'model':<{width}}" + "".join(f"  {_HEADS[name]:<22}" for name in ROUGE)
-        lines = [f"{head}  n", "-" * (len(head) + 6)]
+        lines = [["model", *(_HEADS[name] for name in ROUGE), "n"]]
         for name, row in rows.items():
-            cells = "".join(f"  {_cell(row[figure]):<22}" for figure in ROUGE)
-            lines.append(f"{name:<{width}}{cells}  {row.get('n', '')}".rstrip())
-        return "\n".join(lines)
+            lines.append([name, *(_cell(row[figure]) for figure in ROUGE), str(row.get("n", ""))])
+        return ruled(lines)
 
     def _choose(self) -> list[SummaryExample]:
         found = load_summaries(self, self.split)
@@ -151,10 +162,9 @@ class SummarizationTask(SummarySource):
     @torch.no_grad()
     def _write(
         self, model: Any, written_as: SummaryFormat, prompts: Sequence[Prompt], title: str
-    ) -> list[WrittenSummary]:
-        """The summaries, in the order of the prompts."""
+    ) -> Iterator[tuple[int, WrittenSummary]]:
+        """The summaries with the numbers of their prompts, those of the longest first."""
         model.eval()
-        written: dict[int, WrittenSummary] = {}
         # Prompts of one length beside each other waste no padding; the longest show first whether
         # they fit the machine.
         order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number].token_ids))
@@ -162,9 +172,8 @@ class SummarizationTask(SummarySource):
             for first in range(0, len(order), self.batch_size):
                 chosen = order[first : first + self.batch_size]
                 ids = [prompts[number].token_ids for number in chosen]
-                written |= zip(chosen, self._write_batch(model, written_as, ids), strict=True)
+                yield from zip(chosen, self._write_batch(model, written_as, ids), strict=True)
                 bar.update(len(chosen))
-        return [written[number] for number in range(len(prompts))]
 
     def _write_batch(
         self, model: Any, written_as: SummaryFormat, prompts: Sequence[np.ndarray]
@@ -212,25 +221,25 @@ def _cell(figure: dict[str, float | None]) -> str:
     return f"{mean:.2f}" if low is None else f"{mean:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def _save_texts(
-    folder: Path,
-    title: str,
-    examples: Sequence[SummaryExample],
-    written: Sequence[WrittenSummary],
-    scores: np.ndarray,
-) -> None:
+def _texts_file(folder: Path, title: str) -> Path:
+    """An empty file for the texts of a model."""
     folder.mkdir(parents=True, exist_ok=True)
     # A title may be a path or a model's name on the hub.
     file = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', title).strip('-')}.jsonl"
-    rows = [
-        {
-            "document": example.document_name,
-            "query": example.query,
-            "text": summary.text,
-            "is_finished": summary.is_finished,
-            "summaries": list(example.summaries),
-            **dict(zip(ROUGE, score.tolist(), strict=True)),
-        }
-        for example, summary, score in zip(examples, written, scores, strict=True)
-    ]
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    file.write_text("")
+    return file
+
+
+def _append_text(
+    file: Path, example: SummaryExample, summary: WrittenSummary, score: np.ndarray
+) -> None:
+    row = {
+        "document": example.document_name,
+        "query": example.query,
+        "text": summary.text,
+        "is_finished": summary.is_finished,
+        "summaries": list(example.summaries),
+        **dict(zip(ROUGE, score.tolist(), strict=True)),
+    }
+    with file.open("a", encoding="utf-8") as opened:
+        opened.write(json.dumps(row, ensure_ascii=False) + "\n")

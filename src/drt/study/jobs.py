@@ -260,7 +260,7 @@ def _run_job(study: StudyConfig, job: Job, folder: Path) -> None:
     for name, measurement in study.measurements_of(job.row).items():
         if name not in done:
             task = make_task(measurement.task, measurement.settings)
-            record = task.evaluate(checkpoint, title=f"{job.row}: {name}")
+            record = task.evaluate(checkpoint, title=f"{job.row} {job.seed}: {name}")
             new = {
                 "measurement": _as_stored(measurement),
                 "hardware": hardware.describe(),

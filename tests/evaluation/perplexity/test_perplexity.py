@@ -14,7 +14,8 @@ from drt import DRTForCausalLM
 from drt.checkpoints import Checkpoint
 from drt.data.prepared import PreparedSplit
 from drt.data.tokenization import byte_tokenizer
-from drt.evaluation.perplexity import PerplexityTask, paired_difference
+from drt.evaluation.document_losses import paired_difference
+from drt.evaluation.perplexity import PerplexityTask
 from drt.run_config import build
 from drt.testing import tiny_config
 
@@ -285,10 +286,14 @@ def test_errors(
         ({"lengths": [64, 1]}, "lengths must be of at least 2 tokens"),
         ({"lengths": [0]}, "lengths must be at least 1"),
         ({"batch_tokens": 0}, "batch_tokens must be at least 1"),
-        ({"stride": 8}, "stride is of sliding windows, mode is segmented"),
+        ({"stride": 8}, "stride is 8, which mode segmented does not read: it is of mode sliding"),
         ({"mode": "sliding", "stride": 64, "lengths": [64]}, "stride is 64: it must be below"),
-        ({"mode": "sliding", "max_tokens": 64}, "set max_targets"),
-        ({"longest_length": 2048}, "longest_length is of sliding windows, mode is segmented"),
+        ({"mode": "sliding", "max_tokens": 64}, "max_tokens is 64, .* mode segmented and book"),
+        ({"longest_length": 2048}, "longest_length is 2048, which mode segmented does not read"),
+        ({"mode": "book", "lengths": [64]}, r"lengths is \[64\], which mode book does not read"),
+        ({"max_targets": 9}, "max_targets is 9, .*: it is of mode sliding"),
+        ({"first_bucket": 9}, "first_bucket is 9, .*: it is of mode book"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"mode": "sliding", "longest_length": 512}, "at least the longest of lengths, 1024"),
         ({"mode": "book", "first_bucket": 1}, "first_bucket must be at least 2"),
         ({"mode": "chapter"}, "mode must be one of"),
