@@ -98,8 +98,6 @@ def test_what_was_measured_before_an_error_is_kept(
     # The second of the tasks finds no room at this length.
     options = ["--questions", "2", "--lengths", "64", "--set", "task.num_digits=2"]
     assert main([*command, *options]) == 2
-        main([*command, "--questions", "2", "--lengths", "64", "--set", "task.num_digits=2"]) == 2
-    )
     assert [*json.loads(file.read_text())["models"]["d"]] == ["single"]
     assert "d      single  exact match" in capsys.readouterr().out
 
