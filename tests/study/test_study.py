@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -17,7 +18,7 @@ from drt.data.prepared import CorpusConfig, find_sources, prepare
 from drt.evaluation.tasks import make_task
 from drt.run_config import read_mapping
 from drt.study import Job, load_study, plan_jobs, run_job
-from drt.study.config import Curve, run_config, run_folder
+from drt.study.config import Column, Curve, run_config, run_folder
 from drt.study.figures import draw_curve
 from drt.study.jobs import alone, check_jobs, facts_of, is_done, results_of, run_all
 from drt.study.report import Results, _best, find, write_page
@@ -297,11 +298,36 @@ def test_a_row_may_be_measured_otherwise(study_file: Path) -> None:
         ("rows.window.initial={row: more of it}", "begin with each other: window -> more of it ->"),
         ("rows.window.initial={rows: a}", "initial of row 'window' must be"),
         ("columns.at 128.paper={wind: 1}", "figures of the paper for wind, which is no row"),
+        ("corpus", "a parameter reads corpus=value, got 'corpus'"),
     ],
 )
 def test_wrong_studies_are_refused(study_file: Path, override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_study(study_file, [override])
+
+
+def test_parameters_are_texts(study_file: Path) -> None:
+    data = yaml.safe_load(study_file.read_text())
+    for given, message in (({"n": 100}, "must be texts by name"), ([1], "must be texts by name")):
+        study_file.write_text(yaml.safe_dump({**data, "parameters": given}))
+        with pytest.raises(ValueError, match=message):
+            load_study(study_file, [])
+    study_file.write_text(yaml.safe_dump({**data, "parameters": None}))
+    assert load_study(study_file, []).parameters == {}
+
+
+def test_a_folder_that_the_shell_completed_is_the_same(study_file: Path) -> None:
+    study = load_study(study_file, ["corpus=data/mine/"])
+    assert study == load_study(study_file, ["corpus=data/mine"])
+    assert load_study(study_file, ["corpus=/"]).parameters == {"corpus": "/"}
+
+
+def test_a_study_in_the_folder_one_is_in(study_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (study_file.parent / "inner").mkdir()
+    study_file.rename(study_file.parent / "inner" / "small.yaml")
+    monkeypatch.chdir(study_file.parent / "inner")
+    study = load_study(Path("small.yaml"), ["base=base"])
+    assert Path(study.base).samefile(study_file.parent / "base.yaml")
 
 
 @pytest.mark.parametrize(
@@ -358,6 +384,12 @@ def test_questions_must_end_alike_for_all_rows(
     message = f"'more' has no chunk_size, and rows have chunks of {sizes} tokens"
     assert message in capsys.readouterr().err
     assert not folder.exists()
+    # Without chunks of its own a row is asked as if it had some of 64 tokens.
+    words[0] = "rows.last={model: {model_type: block_recurrent}}"
+    assert main(["study", str(study_file), *words, "--output", str(folder)]) == 2
+    sizes = [small_model["chunk_size"], 64]
+    message = f"'more' has no chunk_size, and rows have chunks of {sizes} tokens"
+    assert message in capsys.readouterr().err
 
 
 def test_no_row_is_the_best_of_a_table_that_is_not_whole(study_file: Path) -> None:
@@ -368,20 +400,23 @@ def test_no_row_is_the_best_of_a_table_that_is_not_whole(study_file: Path) -> No
         run_job(study, job, folder)
     write_page(study, folder, page, command="drt study small")
     (name,) = study.columns
-    assert _best(Results(study, folder), study.columns[name]) is None
+    assert _best(Results(study, folder), study.columns[name]) == set()
     assert "rows are means over other seeds, and none is marked" in page.read_text()
     run_job(study, jobs[-1], folder)
     write_page(study, folder, page, command="drt study small")
     assert "not done" not in page.read_text()
-    best = _best(Results(study, folder), study.columns[name])
-    assert best is not None
+    (best,) = _best(Results(study, folder), study.columns[name])
     assert hardware.describe() in page.read_text()
     # A run that diverged is none either, whatever row it is of.
     for seed in study.seeds:
         file = run_folder(folder, best, seed) / "results.json"
         text = re.sub(r'"perplexity": [\d.]+', '"perplexity": NaN', file.read_text())
         file.write_text(text)
-    assert _best(Results(study, folder), study.columns[name]) not in (best, None)
+    (other,) = _best(Results(study, folder), study.columns[name])
+    assert other != best
+    # Rows that are as good are marked alike.
+    size = {"at 128": Column("test", "parameters")}
+    assert _best(Results(replace(study, columns=size), folder), size["at 128"]) == {*study.rows}
 
 
 def test_a_row_that_is_changed_is_not_shown_with_what_it_was(study_file: Path) -> None:
@@ -457,6 +492,38 @@ def test_a_column_that_finds_nothing_is_an_error(study_file: Path) -> None:
             study_file.parent / "page.md",
             command="drt study small",
         )
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("columns.at 128.value=settings", "'settings' of 'test' is no number but a dict"),
+        ("curves.by length.values=settings", "curve 'by length': 'settings' of 'test' is no list"),
+        ("curves.by length.x=lenght", "no list of points with 'lenght' and 'perplexity'"),
+        ("curves.by length.y=perplexty", "no list of points with 'length' and 'perplexty'"),
+    ],
+)
+def test_what_is_no_figure_is_an_error(study_file: Path, override: str, message: str) -> None:
+    study, folder = load_study(study_file, ["seeds=[0]"]), study_file.parent / "runs"
+    run_job(study, Job("window", 0), folder)
+    wrong = load_study(study_file, ["seeds=[0]", override])
+    with pytest.raises(ValueError, match=message):
+        write_page(wrong, folder, study_file.parent / "page.md", command="drt study small")
+
+
+def test_threads_are_shared_out(study_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("drt.study.jobs.hardware.usable_cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    study, folder = load_study(study_file, ["seeds=[0]"]), study_file.parent / "runs"
+    words = ["-c", "import os; print('threads', os.environ['OMP_NUM_THREADS'])"]
+    for workers, processes, threads in ((1, 1, 8), (2, 1, 4), (2, 3, 1)):
+        list(
+            run_all(
+                study, folder, num_workers=workers, num_processes=processes, command=lambda _: words
+            )
+        )
+        log = run_folder(folder, "window", 0).with_name("seed-0-log.txt")
+        assert log.read_text().splitlines()[-1] == f"threads {threads}"
 
 
 def test_runs_shorter_than_the_way_to_a_line_of_metrics_have_a_page(study_file: Path) -> None:

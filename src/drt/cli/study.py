@@ -82,7 +82,11 @@ def _run_all(study: Any, folder: Path, options: argparse.Namespace) -> list[str]
     failed = []
     print(f"{len(plan_jobs(study))} runs in {folder}, what they say in <row>/seed-<n>-log.txt")
     for job, seconds, status in run_all(
-        study, folder, num_workers=options.workers, command=lambda job: _words(job, folder, options)
+        study,
+        folder,
+        num_workers=options.workers,
+        num_processes=options.processes,
+        command=lambda job: _words(job, folder, options),
     ):
         print(f"{job.row}, seed {job.seed}: {'done' if status == 0 else 'failed'}, {seconds:.0f} s")
         if status:

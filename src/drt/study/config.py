@@ -172,11 +172,18 @@ def load_study(path: Path, overrides: list[str]) -> StudyConfig:
         ValueError: no such file, not YAML, an unknown key, or a value of the wrong type.
     """
     data = read_mapping(path)
-    parameters = data.setdefault("parameters", {})
+    parameters = data["parameters"] = data.get("parameters") or {}
+    if not isinstance(parameters, dict) or any(
+        not isinstance(value, str) for value in parameters.values()
+    ):
+        raise ValueError(f"{path}: parameters must be texts by name, got {parameters}")
     for override in overrides:
-        name, _, value = override.partition("=")
+        name, equals, value = override.partition("=")
         if name in parameters:
-            parameters[name] = value
+            if not equals:
+                raise ValueError(f"a parameter reads {name}=value, got {override!r}")
+            # Folders that a shell has completed are the same ones.
+            parameters[name] = value.rstrip("/") or value
         else:
             apply_override(data, override)
     study = build(StudyConfig, _fill(data, parameters))
@@ -185,7 +192,8 @@ def load_study(path: Path, overrides: list[str]) -> StudyConfig:
 
 def _find_base(name: str, folder: Path) -> Path:
     """A run configuration beside a study, or one folder up, where the shipped ones are."""
-    places = [folder / name, folder.parent / name, folder.parent / f"{name}.yaml"]
+    folder = folder.resolve()
+    places = [where / each for where in (folder, folder.parent) for each in (name, f"{name}.yaml")]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         raise ValueError(f"there is no run configuration {name!r} in {folder} or {folder.parent}")

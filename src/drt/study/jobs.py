@@ -9,23 +9,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from drt import hardware
 from drt.architectures import DEFAULT_TYPE, check_fields
 from drt.checkpoints import load_checkpoint
-from drt.evaluation.flops import count_flops
+from drt.evaluation.needles import DEFAULT_CHUNK_SIZE
 from drt.evaluation.tasks import make_task
 from drt.memory.files import write_whole
 from drt.run_config import CONFIG_FILE, FINAL_FOLDER, RunConfig, load_config, read_mapping
 from drt.study.config import Measurement, StudyConfig, run_config, run_folder
 from drt.training import train
+from drt.training.flops import flops_if_known
 from drt.training.folder import differences, is_finished, training_seconds
 from drt.training.materials import check_data
 
@@ -147,8 +149,7 @@ def _check_same_tokens(study: StudyConfig) -> None:
 
 def _check_same_questions(study: StudyConfig, base: dict[str, Any], folder: Path) -> None:
     """Refuse questions that would end elsewhere for some rows, whose chunks are of another size."""
-    configs = [run_config(study, base, row, study.seeds[0], folder).model for row in study.rows]
-    sizes = {config["chunk_size"] for config in configs if "chunk_size" in config}
+    sizes = {_chunk_size(study, base, row, folder) for row in study.rows}
     for row in study.rows if len(sizes) > 1 else ():
         for name, measurement in study.measurements_of(row).items():
             task = make_task(measurement.task, measurement.settings)
@@ -157,6 +158,15 @@ def _check_same_questions(study: StudyConfig, base: dict[str, Any], folder: Path
                     f"{name!r} has no chunk_size, and rows have chunks of {sorted(sizes)} tokens: "
                     "their questions would end elsewhere"
                 )
+
+
+def _chunk_size(study: StudyConfig, base: dict[str, Any], row: str, folder: Path) -> int:
+    """At multiples of what a row's questions end where a task does not say."""
+    model = run_config(study, base, row, study.seeds[0], folder).model
+    source = study.initial_row(row)
+    if "chunk_size" in model or source is None:
+        return model.get("chunk_size", DEFAULT_CHUNK_SIZE)
+    return _chunk_size(study, base, source, folder)
 
 
 def _check_measurement(measurement: Measurement) -> None:
@@ -212,16 +222,16 @@ def run_job(study: StudyConfig, job: Job, folder: Path) -> None:
     Raises:
         ValueError: the run's configuration is another than the one it was trained with.
     """
-    processes = PartialState(cpu=not torch.cuda.is_available())
-    with alone(job, folder) if processes.is_main_process else nullcontext():
-        # All processes must see the run as it is once it is ours.
-        processes.wait_for_everyone()
+    PartialState(cpu=not torch.cuda.is_available())
+    with alone(job, folder):
         _run_job(study, job, folder)
 
 
 @contextmanager
 def alone(job: Job, folder: Path) -> Iterator[None]:
     """Wait until no other process works on a run: that of a study that was killed may still do so.
+
+    Processes that train the run together wait together, and the first one of them keeps others out.
 
     Args:
         job: the run.
@@ -231,12 +241,30 @@ def alone(job: Job, folder: Path) -> Iterator[None]:
     here.parent.mkdir(parents=True, exist_ok=True)
     # Beside the run's folder, which a new run wants empty. It ends with the process.
     with here.with_name(f"{here.name}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"another process works on {here}: waiting until it has ended", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
+        is_first, waits = PartialState().is_main_process, False
+        # Asked for again and again: those who wait for one that waits would run out of time.
+        while not _told_by_first(is_first and _is_locked(file)):
+            if is_first and not waits:
+                print(f"another process works on {here}: waiting until it has ended", flush=True)
+            waits = True
+            time.sleep(0.5)
         yield
+
+
+def _is_locked(file: Any) -> bool:
+    """Lock a file, unless somebody else has."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _told_by_first(value: bool) -> bool:
+    """What the first process says, in all of them."""
+    told = [value]
+    broadcast_object_list(told)
+    return told[0]
 
 
 def _run_job(study: StudyConfig, job: Job, folder: Path) -> None:
@@ -249,6 +277,8 @@ def _run_job(study: StudyConfig, job: Job, folder: Path) -> None:
     if done:
         return
     if not trained:
+        if (here / FACTS_FILE).is_file():
+            print(f"{here} was measured and has no model any more: it is trained again", flush=True)
         train(config, resume=begun, title=f"train {job.row} {job.seed}")
     if not PartialState().is_main_process or is_done(study, job, folder):
         return
@@ -276,12 +306,9 @@ def facts_of(job: Job, folder: Path) -> dict[str, Any]:
 
 def _facts(model: Any, config: RunConfig) -> dict[str, Any]:
     """Size of a model, and operations of a forward and backward a token of a training row."""
-    ids = torch.zeros(1, config.train_length, dtype=torch.int64, device=model.device)
-    model.train()
-    operations = count_flops(lambda: model(input_ids=ids, labels=ids).loss.backward())
-    model.zero_grad(set_to_none=True)
-    model.eval()
-    return {"parameters": model.num_parameters(), "flops_per_token": operations / ids.numel()}
+    flops = flops_if_known(model, config.train_length)
+    per_token = None if flops is None else flops / config.train_length
+    return {"parameters": model.num_parameters(), "flops_per_token": per_token}
 
 
 def run_all(
@@ -289,6 +316,7 @@ def run_all(
     folder: Path,
     *,
     num_workers: int,
+    num_processes: int = 1,
     command: Callable[[Job], list[str]],
 ) -> Iterator[tuple[Job, float, int]]:
     """Run what is left to do, several runs at a time, each in a process of its own.
@@ -297,6 +325,7 @@ def run_all(
         study: the study.
         folder: where its runs are kept.
         num_workers: runs at a time.
+        num_processes: processes that train a run.
         command: the command line of a job's process.
 
     Yields:
@@ -309,7 +338,7 @@ def run_all(
             for job in list(waiting):
                 if len(running) < num_workers and _is_ready(study, job, folder):
                     waiting.remove(job)
-                    process = _start(command(job), job, folder, num_workers=num_workers)
+                    process = _start(command(job), job, folder, shares=num_workers * num_processes)
                     running[job] = (process, time.monotonic())
             if not running:
                 # What the rest begin with has failed.
@@ -329,12 +358,12 @@ def _is_ready(study: StudyConfig, job: Job, folder: Path) -> bool:
     return source is None or is_finished(run_folder(folder, source, job.seed))
 
 
-def _start(command: list[str], job: Job, folder: Path, *, num_workers: int) -> Any:
+def _start(command: list[str], job: Job, folder: Path, *, shares: int) -> Any:
     here = run_folder(folder, job.row, job.seed)
     log = here.parent / f"{here.name}-{LOG_FILE}"
     log.parent.mkdir(parents=True, exist_ok=True)
-    # Runs side by side would each take all cores otherwise.
-    threads = max(hardware.usable_cores() // num_workers, 1)
+    # Processes side by side would each take all cores otherwise.
+    threads = max(hardware.usable_cores() // shares, 1)
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     with log.open("a") as file:
         return subprocess.Popen(

@@ -11,7 +11,7 @@ from typing import Any
 
 from drt.evaluation.document_losses import pooled_difference
 from drt.run_config import read_mapping
-from drt.study.config import Column, StudyConfig, slug
+from drt.study.config import Column, Curve, StudyConfig, slug
 from drt.study.figures import draw_curve
 from drt.study.jobs import (
     Job,
@@ -135,6 +135,24 @@ def _check_columns(results: Results) -> None:
                 f"column {title!r} finds no {column.value!r} in any record of "
                 f"{column.measurement!r}"
             )
+    for title, curve in results.study.curves.items():
+        for row in results.done:
+            for record in results.records(row, curve.measurement):
+                points = find(record, curve.values)
+                if points is not None and not _are_points(points, curve):
+                    raise ValueError(
+                        f"curve {title!r}: {curve.values!r} of {curve.measurement!r} is no list of "
+                        f"points with {curve.x!r} and {curve.y!r}"
+                    )
+
+
+def _are_points(points: Any, curve: Curve) -> bool:
+    """Whether all have a place on the axis that goes right, and some one on the other."""
+    return (
+        isinstance(points, list)
+        and all(isinstance(point, dict) and curve.x in point for point in points)
+        and (not points or any(curve.y in point for point in points))
+    )
 
 
 def _made_by(results: Results, command: str) -> str:
@@ -163,7 +181,7 @@ def _table(results: Results) -> str:
     for row in study.rows:
         cells = [row.replace("|", "\\|"), *_facts(results, row)]
         for title, column in study.columns.items():
-            cells.append(_cell(results, row, column, is_best=best[title] == row))
+            cells.append(_cell(results, row, column, is_best=row in best[title]))
         rows.append(cells)
     note = (
         "Means over the seeds, in brackets the lowest and the highest where there are several; "
@@ -181,7 +199,7 @@ def _facts(results: Results, row: str) -> list[str]:
     if not facts:
         return [NONE, NONE, NONE, "0"]
     cost = NONE
-    if first:
+    if first and facts[0]["flops_per_token"] and first[0]["flops_per_token"]:
         cost = f"{facts[0]['flops_per_token'] / first[0]['flops_per_token']:.2f}"
     seconds = fmean(each["seconds"] for each in facts)
     return [f"{facts[0]['parameters']:,}", cost, f"{seconds:,.0f}", str(len(facts))]
@@ -189,19 +207,26 @@ def _facts(results: Results, row: str) -> list[str]:
 
 def _values(results: Results, row: str, column: Column) -> list[float]:
     found = [find(each, column.value) for each in results.records(row, column.measurement)]
-    return [float(value) for value in found if value is not None]
+    values = [value for value in found if value is not None]
+    for value in values:
+        if not isinstance(value, int | float):
+            raise ValueError(
+                f"{column.value!r} of {column.measurement!r} is no number but a "
+                f"{type(value).__name__}"
+            )
+    return [float(value) for value in values]
 
 
-def _best(results: Results, column: Column) -> str | None:
-    """The row whose mean is bold: none as long as rows are means over other seeds."""
+def _best(results: Results, column: Column) -> set[str]:
+    """The rows whose mean is bold: none as long as rows are means over other seeds."""
     if not results.is_whole:
-        return None
+        return set()
     means = {row: fmean(v) for row in results.study.rows if (v := _values(results, row, column))}
     finite = {row: mean for row, mean in means.items() if math.isfinite(mean)}
     if len(means) < 2 or not finite:
-        return None
+        return set()
     choose = min if column.better == "lower" else max
-    return choose(finite, key=finite.__getitem__)
+    return {row for row, mean in finite.items() if mean == choose(finite.values())}
 
 
 def _cell(results: Results, row: str, column: Column, *, is_best: bool) -> str:
