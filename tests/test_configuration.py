@@ -22,6 +22,17 @@ def test_saved_and_loaded_is_equal(tmp_path: Path) -> None:
     assert loaded.retrieval_groups == [1, 1]
 
 
+def test_a_whole_number_is_a_float_where_one_is_wanted(tmp_path: Path) -> None:
+    changes = {"retrieval_noise": 0, "rope_theta": 10000, "early_close_rate": 1}
+    config = tiny_config(**changes)
+    assert all(type(getattr(config, name)) is float for name in changes)
+    config.save_pretrained(tmp_path)
+    floats = tiny_config(**{name: float(value) for name, value in changes.items()})
+    assert (tmp_path / "config.json").read_text() == floats.to_json_string()
+    with pytest.raises(StrictDataclassError, match="retrieval_noise"):
+        tiny_config(retrieval_noise=True)
+
+
 def test_layers_are_counted_from_groups() -> None:
     config = tiny_config(num_hidden_layers=7, retrieval_groups=[1, 3])
     assert (config.num_lower_layers, config.num_upper_layers) == (3, 4)
@@ -42,6 +53,11 @@ def test_layers_are_counted_from_groups() -> None:
         ({"retrieval_groups": [0]}, r"at least 1 layer, got \[0\]"),
         ({"retrieval_groups": [3, 2]}, "hold 5 layers, the model has num_hidden_layers = 4"),
         ({"num_attention_heads": 5, "num_key_value_heads": 5}, "32 is not a multiple of"),
+        ({"rope_theta": 0.0}, r"rope_theta must be positive and finite, got 0\.0"),
+        ({"rope_theta": -1.0}, r"rope_theta must be positive and finite, got -1\.0"),
+        ({"rope_theta": math.inf}, "rope_theta must be positive and finite, got inf"),
+        ({"rope_theta": math.nan}, "rope_theta must be positive and finite, got nan"),
+        ({"hidden_size": 33}, "33 is not a multiple of num_attention_heads 4; set head_dim"),
         ({"num_key_value_heads": 3}, "4 is not a multiple of num_key_value_heads 3"),
         ({"head_dim": 7}, "even head_dim, got 7"),
         # The chunk encoder has rotary positions whatever self-attention has.
@@ -57,6 +73,10 @@ def test_layers_are_counted_from_groups() -> None:
 def test_wrong_sizes_raise(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_config(**changes)
+
+
+def test_a_head_width_that_is_given_need_not_divide_the_hidden_size() -> None:
+    assert tiny_config(hidden_size=33, head_dim=8).head_dim == 8
 
 
 @pytest.mark.parametrize(

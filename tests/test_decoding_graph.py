@@ -340,6 +340,37 @@ def test_what_cannot_be_replayed_is_refused(model: DRTForCausalLM) -> None:
         graph.attach(state)
 
 
+@torch.no_grad()
+def test_a_step_that_fails_leaves_the_state_unfinished_and_the_graph_as_good_as_new(
+    model: DRTForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, graph = torch.randint(0, 61, (1, 70)), Watched(model)
+    state = model.new_state()
+    model(ids[:, :40], past_key_values=state)
+    fork = state.fork()
+
+    def stop(*_: Any) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    with graph.attached(state):
+        with pytest.raises(ValueError, match="input_ids must be 0 to 60, got 61 to 61"):
+            model(torch.tensor([[61]]), past_key_values=state)
+        model(ids[:, 40:41], past_key_values=state)
+        with monkeypatch.context() as patch:
+            patch.setattr(model.model.layers[-1].mlp, "forward", stop)
+            with pytest.raises(KeyboardInterrupt):
+                model(ids[:, 41:42], past_key_values=state)
+        with pytest.raises(ValueError, match="the state is unfinished"):
+            model(ids[:, 41:42], past_key_values=state)
+    assert graph.taken == 2
+    with pytest.raises(ValueError, match="the state is unfinished"):
+        model(ids[:, 41:42], past_key_values=state)
+    with graph.attached(fork):
+        one_by_one(model, fork, ids[:, 40:60])
+    assert graph.taken == 2 + 19
+    assert_goes_on(model, fork, ids[:, :60])
+
+
 class OneDevice(TorchDispatchMode):
     """Refuses what a capture refuses: copies between devices, and numbers read by the host."""
 

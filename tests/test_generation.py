@@ -207,6 +207,28 @@ def test_embeddings_can_be_the_prompt(model: DRTForCausalLM) -> None:
     assert torch.equal(made, greedy(model, ids, 9)[:, 20:])
 
 
+def test_embeddings_are_read_in_segments_that_are_asked_for(model: DRTForCausalLM) -> None:
+    ids = torch.randint(1, 61, (2, 45))
+    mask = torch.ones_like(ids)
+    mask[0, :20] = 0
+    embeddings = model.get_input_embeddings()(ids)
+    widths: list[int] = []
+    model.model.layers[0].register_forward_hook(lambda _m, i, _o: widths.append(i[0].shape[1]))
+    made = model.generate(
+        inputs_embeds=embeddings,
+        attention_mask=mask,
+        prefill_chunk_size=7,
+        max_new_tokens=9,
+        **GREEDY,
+    )
+    # Seven tokens, and a landmark at most for each row's closed chunk.
+    assert max(widths) <= 8
+    assert torch.equal(made[1], greedy(model, ids[1:], 9)[0, 45:])
+    assert torch.equal(made[0], greedy(model, ids[:1, 20:], 9)[0, 25:])
+    with pytest.raises(ValueError, match="prefill_chunk_size must be at least 1, got 0"):
+        model.generate(inputs_embeds=embeddings, prefill_chunk_size=0, max_new_tokens=1, **GREEDY)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -214,6 +236,14 @@ def test_embeddings_can_be_the_prompt(model: DRTForCausalLM) -> None:
         ({"use_cache": False}, "use_cache=False is not supported"),
         ({"past_key_values": object()}, "must be a DRTState, got object"),
         ({"attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}, "prompt 1 has no token"),
+        (
+            {"attention_mask": torch.tensor([[0, 1], [1, 1]])},
+            "2 rows of 2 columns, the prompt has 2 rows of 3",
+        ),
+        (
+            {"attention_mask": torch.tensor([[0, 1, 1]])},
+            "1 rows of 3 columns, the prompt has 2 rows of 3",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_refused(

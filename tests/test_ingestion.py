@@ -296,6 +296,27 @@ def test_questions_are_answered_with_passages(tmp_path: Path) -> None:
         ask(model, tokenizer, tmp_path / "memory", "")
 
 
+def test_a_question_that_closes_no_chunk_is_shown_what_it_used(tmp_path: Path) -> None:
+    model, tokenizer = make_model(), byte_tokenizer()
+    (tmp_path / "a.txt").write_text("it rains and it rains. " * 20)
+    ingestion = Ingestion(model, tokenizer, tmp_path / "memory")
+    ingestion.read(list_inputs([str(tmp_path / "a.txt")]))
+    ingestion.close()
+
+    def asked(question: str) -> list[tuple[int, int]]:
+        reply = ask(model, tokenizer, tmp_path / "memory", question, max_new_tokens=1)
+        return [(passage.group, passage.chunk) for passage in reply.passages]
+
+    question = "Where did it rain, and when? "
+    # A chunk of 16 bytes is full there; the rest of the question closes none.
+    full = asked(question[:16])
+    assert full
+    assert asked(question) != full
+    model.config.close_prompt_chunk = False
+    assert asked(question) == full
+    assert asked(question[:15]) == []
+
+
 def test_an_answer_ends_before_the_stop_and_is_not_made_any_longer(tmp_path: Path) -> None:
     model, tokenizer = make_model(), byte_tokenizer()
     (tmp_path / "a.txt").write_text("it rains and it rains. " * 20)
@@ -420,6 +441,34 @@ def test_a_folder_of_a_reading_that_died_at_once_can_be_used(tmp_path: Path) -> 
     ingestion = Ingestion(make_model(), byte_tokenizer(), folder)
     assert ingestion.read(list_inputs(make_texts(tmp_path / "texts"))) > 0
     ingestion.close()
+
+
+def test_a_reading_that_cannot_begin_leaves_the_folder_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begin() -> Ingestion:
+        return Ingestion(make_model(), byte_tokenizer(), tmp_path / "memory")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("drt.ingestion.save_state", full)
+        with pytest.raises(OSError, match="No space left"):
+            begin()
+    ingestion = begin()
+    ingestion.read(list_inputs(make_texts(tmp_path / "texts")))
+    ingestion.close()
+    tokens = tmp_path / "memory" / "tokens.bin"
+    whole = tokens.read_bytes()
+    tokens.write_bytes(whole[:-40])
+    for _ in range(2):
+        # Kept, so that nothing is closed because nobody knows of it any more.
+        with pytest.raises(ValueError, match=r"tokens\.bin or chunks\.bin was cut") as kept:
+            begin()
+        assert kept.traceback
+    tokens.write_bytes(whole)
+    begin().close()
 
 
 def test_an_unfinished_input_must_be_given_again(

@@ -1,5 +1,6 @@
 """Losses in chunks: those of all logits, with their gradients, and never more than a chunk held."""
 
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,7 +12,15 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
 from drt import DRTForCausalLM
-from drt.loss import IGNORED, LanguageModelHead, losses_of_logits, mean_loss, next_tokens
+from drt.loss import (
+    IGNORED,
+    LanguageModelHead,
+    losses_of_labels,
+    losses_of_logits,
+    mean_loss,
+    next_tokens,
+)
+from drt.precision import uses_bfloat16
 from drt.testing import assert_within_budget, relative_error, tiny_config
 
 WIDTH, VOCAB = 8, 50
@@ -173,12 +182,100 @@ def test_no_token_to_predict_has_no_gradient() -> None:
 
 def test_targets_and_means_by_hand() -> None:
     assert next_tokens(torch.tensor([[3, 4, -100, 6]])).tolist() == [[4, -100, 6, -100]]
+    labels = torch.tensor([[3, 4, 5, 6, 7], [3, 4, 5, 6, 7], [3, 4, 5, 6, 7]])
+    content = torch.tensor([[0, 1, 0, 0, 1], [1, 1, 1, 0, 0], [0, 0, 0, 0, 0]]) > 0
+    none = [-100] * 5
+    wanted = [[-100, 7, -100, -100, -100], [4, 5, -100, -100, -100], none]
+    assert next_tokens(labels, content).tolist() == wanted
+    losses = torch.arange(15.0).view(3, 5)
+    assert losses_of_labels(losses).tolist() == losses[:, :-1].tolist()
+    assert losses_of_labels(losses, content).tolist() == [[0, 0, 0, 1], [5, 6, 0, 0], [0] * 4]
     targets = torch.tensor([[1, IGNORED]])
     losses = losses_of_logits(torch.zeros(1, 2, 4), targets)
     assert losses.tolist() == [[pytest.approx(1.3862944), 0.0]]
     assert mean_loss(losses, targets) == losses[0, 0]
     for items in (4, torch.tensor(4)):
         assert mean_loss(losses, targets, num_items_in_batch=items) == losses[0, 0] / 4
+
+
+class PaddedRows(NamedTuple):
+    """Rows of unequal lengths with padding anywhere, of which the labels know nothing."""
+
+    columns: list[Tensor]
+    ids: Tensor
+    labels: Tensor
+    mask: Tensor
+    documents: Tensor
+
+    @classmethod
+    def draw(cls, seed: int, sides: list[str], width: int = 45) -> "PaddedRows":
+        g = torch.Generator().manual_seed(seed)
+        columns = []
+        for side in sides:
+            place = {"left": torch.arange(width).flip(0), "right": torch.arange(width)}
+            order = place.get(side, torch.randperm(width, generator=g))
+            columns.append(order[: torch.randint(2, width, (), generator=g)].sort().values)
+        shape = (len(sides), width)
+        ids = torch.randint(0, 61, shape, generator=g)
+        labels = ids.masked_fill(torch.rand(shape, generator=g) < 0.2, IGNORED)
+        mask = torch.zeros(shape, dtype=torch.int64)
+        for row, chosen in enumerate(columns):
+            mask[row, chosen] = 1
+        documents = (torch.rand(shape, generator=g) < 0.05).long().cumsum(1)
+        return cls(columns, ids, labels, mask, documents)
+
+
+@settings(max_examples=15)
+@given(
+    st.integers(0, 10**6),
+    st.lists(st.sampled_from(["left", "right", "anywhere"]), min_size=1, max_size=3),
+    st.sampled_from([None, 1, 7, 1000]),
+    st.booleans(),
+    st.sampled_from(["chunk", "landmark"]),
+)
+def test_the_loss_of_padded_rows_is_that_of_each_row_alone(
+    seed: int, sides: list[str], chunk_size: int | None, documents: bool, onset: str
+) -> None:
+    config = tiny_config(retrieval_onset=onset, retrieval_noise=0.0, loss_chunk_size=chunk_size)
+    model = DRTForCausalLM(config).double().train()
+    rows = PaddedRows.draw(seed, sides)
+    marks = {"document_ids": rows.documents} if documents else {}
+    wanted, count = torch.zeros_like(rows.ids, dtype=torch.float64), 0
+    for row, columns in enumerate(rows.columns):
+        # Without the loss of the package.
+        ids, labels = rows.ids[row, columns][None], rows.labels[row, columns]
+        logits = model(ids, **{name: mark[row, columns][None] for name, mark in marks.items()})
+        losses = F.cross_entropy(logits.logits[0, :-1], labels[1:], reduction="none")
+        wanted[row, columns[1:]] = losses
+        count += int((labels[1:] != IGNORED).sum())
+    weights, total = list(model.parameters()), max(count, 1)
+    alone = torch.autograd.grad(wanted.sum() / total, weights, materialize_grads=True)
+    kwargs = {"attention_mask": rows.mask, "labels": rows.labels, **marks}
+    out = model(rows.ids, output_token_losses=True, num_items_in_batch=total, **kwargs)
+    # All are float64, in another order of summation.
+    torch.testing.assert_close(out.token_losses, wanted[:, 1:], atol=1e-11, rtol=1e-11)
+    torch.testing.assert_close(out.loss, wanted.sum() / total, atol=1e-11, rtol=1e-11)
+    padded = torch.autograd.grad(out.loss, weights, materialize_grads=True)
+    for got, one in zip(padded, alone, strict=True):
+        torch.testing.assert_close(got, one, atol=1e-10, rtol=1e-10)
+    if count:
+        assert torch.allclose(model(rows.ids, **kwargs).loss, out.loss)
+
+
+def test_a_label_left_out_where_a_document_begins_is_left_out_behind_padding() -> None:
+    """Who is not asked how the next document begins is not asked across padding either."""
+    model = DRTForCausalLM(tiny_config()).eval()
+    ids, mask = torch.randint(0, 61, (1, 30)), torch.ones(1, 30, dtype=torch.int64)
+    documents = (torch.arange(30) >= 14).long()[None]
+    mask[0, 10:17] = 0
+    labels = ids.clone()
+    # The first of the second document, as `drt.data.prepared.rows` has it.
+    labels[0, 17] = IGNORED
+    out = model(
+        ids, attention_mask=mask, document_ids=documents, labels=labels, output_token_losses=True
+    )
+    assert out.token_losses[0].nonzero()[:, 0].tolist() == [*range(9), *range(17, 29)]
+    assert torch.allclose(out.loss, out.token_losses.sum() / 21)
 
 
 def train_step(model: DRTForCausalLM, ids: Tensor, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
@@ -225,6 +322,29 @@ def test_autocast_multiplies_in_bfloat16_and_sums_in_float32() -> None:
     assert torch.allclose(out.loss, wanted.loss, rtol=1e-6)
     # Parts of the head's gradient are rounded to 8 bits where all of it was.
     assert relative_error(got["model.embed_tokens.weight"], _truth(gradients)) < 2**-8
+
+
+def test_a_device_without_autocast_has_losses() -> None:
+    head = LanguageModelHead(WIDTH, VOCAB, device="meta")
+    targets = torch.zeros(2, 3, dtype=torch.int64, device="meta")
+    assert head(torch.zeros(2, 3, WIDTH, device="meta"), targets, 4).shape == (2, 3)
+
+
+@pytest.mark.parametrize("major", [7, 8])
+def test_a_gpu_that_emulates_bfloat16_is_not_given_any(
+    major: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major)
+    )
+    # An emulated product works on any.
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
+    assert uses_bfloat16("auto") == (major == 8)
+    assert uses_bfloat16("bfloat16")
+    assert not uses_bfloat16("float32")
 
 
 def _truth(gradients: dict[str, Tensor]) -> Tensor:

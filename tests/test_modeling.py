@@ -259,11 +259,33 @@ def test_bfloat16_is_as_near_in_parts_as_in_one(ids: torch.Tensor) -> None:
     ("kwargs", "message"),
     [
         ({"input_ids": None}, "exactly one of input_ids and inputs_embeds"),
+        ({"inputs_embeds": torch.zeros(2, 3, 32)}, "exactly one of input_ids and inputs_embeds"),
+        ({"input_ids": torch.zeros(3).long()}, r"must be \(B, T\) int64, .*got shape \(3,\)"),
+        ({"input_ids": torch.zeros(0, 3).long()}, r"B at least 1, got shape \(0, 3\)"),
+        ({"input_ids": torch.zeros(2, 3)}, r"must be \(B, T\) int64, .*torch.float32"),
+        (
+            {"input_ids": None, "inputs_embeds": torch.zeros(2, 3, 31)},
+            r"inputs_embeds must be \(B, T, 32\).*got shape \(2, 3, 31\)",
+        ),
+        (
+            {"input_ids": None, "inputs_embeds": torch.zeros(2, 32)},
+            r"inputs_embeds must be \(B, T, 32\).*got shape \(2, 32\)",
+        ),
+        (
+            {"input_ids": None, "inputs_embeds": torch.zeros(0, 3, 32)},
+            r"B at least 1, got shape \(0, 3, 32\)",
+        ),
         ({"past_key_values": object()}, "must be a DRTState, got object"),
         ({"attention_mask": torch.ones(2, 2)}, "has 2 columns, the input has 3"),
+        ({"attention_mask": torch.ones(2, 4)}, "has 4 columns, the input has 3$"),
         ({"attention_mask": torch.ones(1, 3)}, r"must be \(B, T\) = \(2, 3\)"),
         ({"chunk_ends": torch.zeros(2, 3)}, "chunk_ends must be bool, got torch.float32"),
         ({"document_ids": torch.zeros(2, 4)}, r"document_ids must be .*got \(2, 4\)"),
+        ({"document_ids": torch.zeros(2, 3)}, "document_ids must be integers, got torch.float32"),
+        (
+            {"document_ids": torch.zeros(2, 3, dtype=torch.bool)},
+            "document_ids must be integers, got torch.bool",
+        ),
         ({"attention_mask": torch.zeros(2, 1, 3, 3)}, r"must be \(B, T\) = .*got shape"),
         ({"output_attentions": True}, "does not know the arguments.*output_attentions"),
         ({"output_token_losses": True}, "output_token_losses=True needs labels"),
@@ -288,6 +310,8 @@ def test_a_state_of_other_rows_raises(model: DRTForCausalLM) -> None:
         model.new_state(0)
     with pytest.raises(ValueError, match="segment_size must be at least 1, got 0"):
         model.read(ids, model.new_state(2), segment_size=0)
+    with pytest.raises(ValueError, match=r"input_ids must be \(B, T\) int64.*got shape \(3,\)"):
+        model.read(ids[0], model.new_state(2))
 
 
 @pytest.mark.parametrize("refused", ["crop", "reset", "update"])

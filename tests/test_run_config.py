@@ -70,12 +70,33 @@ def test_extends_merges_mappings_and_replaces_the_rest(tmp_path: Path) -> None:
         ("traning.num_steps=3", "unknown key traning; did you mean training"),
         ("training.num_step=3", "unknown key training.num_step; did you mean training.num_steps"),
         ("training.num_steps=many", "training.num_steps must be int, got 'many'"),
-        ("training.learning_rate=fast", "training.learning_rate must be a number, got 'fast'"),
+        ("training.learning_rate=fast", "learning_rate must be a finite number, got 'fast'"),
+        ("training.learning_rate=.nan", "learning_rate must be a finite number, got nan"),
+        ("training.learning_rate=.inf", "learning_rate must be a finite number, got inf"),
+        ("training.learning_rate=true", "learning_rate must be a finite number, got True"),
+        ("training.learning_rate=0", "training.learning_rate must be above 0, got 0.0"),
+        ("training.num_steps=0", "training.num_steps must be at least 1, got 0"),
+        ("training.num_steps=-5", "training.num_steps must be at least 1, got -5"),
+        ("training.tokens_per_step=0", "training.tokens_per_step must be at least 1, got 0"),
+        ("training.num_micro_batches=0", "num_micro_batches must be at least 1, got 0"),
+        ("training.log_every=0", "training.log_every must be at least 1, got 0"),
+        ("training.max_grad_norm=-1", "training.max_grad_norm must be at least 0, got -1"),
+        ("training.evaluate_every=-1", "training.evaluate_every must be at least 0, got -1"),
+        ("training.adam_beta2=1", "adam_beta2 must be at least 0 and below 1, got 1.0"),
+        ("training.peak_tflops=0", "training.peak_tflops must be above 0, got 0.0"),
+        ("seed=-1", "seed must be at least 0, got -1"),
         ("training.gradient_checkpointing=1", "gradient_checkpointing must be bool, got 1"),
         ("precision=half", r"precision must be one of .'auto', 'float32', 'bfloat16'"),
         ("stages.9.length=3", "9 is no item of a list of"),
         ("stages.0.tasks.0.task.kind=triple", r"kind must be one of \['single', 'multi', 'hops'"),
         ("stages.0.length=100", "row length 100 must be a multiple of chunk_size 32"),
+        ("stages.0.length=0", "stages.0.length must be at least 1, got 0"),
+        ("stages.0.length=-256", "stages.0.length must be at least 1, got -256"),
+        ("stages.1.tasks=[]", "stages.1.tasks is empty"),
+        ("stages.2.tasks.0.weight=0", "stages.2.tasks.0.weight must be above 0, got 0.0"),
+        ("stages.1.advance_below=0", r"stages.1.advance_below must be above 0, .* stages.2 never"),
+        ("model.chunk_size=abc", "model.chunk_size must be int, got 'abc'"),
+        ("model.chunk_size=null", "model.chunk_size must be int, got None"),
         ("chunk_size=48", "row length 256 must be a multiple of chunk_size 48"),
         ("chunk_size=-1", "chunk_size must be at least 1, got -1"),
         ("chunk_size=0", "chunk_size must be at least 1, got 0"),
@@ -88,6 +109,38 @@ def test_extends_merges_mappings_and_replaces_the_rest(tmp_path: Path) -> None:
 def test_wrong_values_are_refused(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_config(DEMO, [override])
+
+
+def test_text_out_of_range_is_refused() -> None:
+    text = ["stages=[]", "text.corpus=x"]
+    with pytest.raises(ValueError, match=r"text\.length must be at least 2, got 0"):
+        load_config(DEMO, [*text, "text.length=0"])
+    with pytest.raises(ValueError, match=r"text\.validation_rows must be at least 0, got -1"):
+        load_config(DEMO, [*text, "text.validation_rows=-1"])
+
+
+def test_zeros_that_mean_something_are_taken() -> None:
+    names = ("save_every", "evaluate_every", "warmup_steps", "weight_decay", "max_grad_norm")
+    training = load_config(DEMO, [f"training.{name}=0" for name in names]).training
+    assert [getattr(training, name) for name in names] == [0] * 5
+    # The last stage has no next one.
+    assert load_config(DEMO, ["stages.2.advance_below=0"]).stages[2].advance_below == 0
+
+
+def test_files_that_extend_each_other_are_refused(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("extends: second.yaml")
+    second.write_text("extends: [second.yaml]")
+    with pytest.raises(ValueError, match=r"extends leads back .*second\.yaml -> .*second\.yaml"):
+        load_config(second)
+    second.write_text(f"extends: ../{tmp_path.name}/first.yaml")
+    with pytest.raises(ValueError, match=r"first\.yaml -> .*second\.yaml -> .*first\.yaml"):
+        load_config(first)
+    # One file that two others change is no way back.
+    (tmp_path / "base.yaml").write_text(DEMO.read_text())
+    first.write_text("extends: base.yaml")
+    second.write_text("extends: [first.yaml, base.yaml]")
+    assert load_config(second) == load_config(DEMO)
 
 
 def test_wrong_files_are_refused(tmp_path: Path) -> None:

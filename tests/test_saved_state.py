@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from drt import DeviceMemory, DiskMemory, DRTForCausalLM, HostMemory, MemoryFormatError
+from drt.saved_state import saved_cursor
 from drt.testing import tiny_config
 
 
@@ -181,20 +182,105 @@ def test_damage_is_named(tmp_path: Path) -> None:
         model.load_state(folder)
     file.write_bytes(whole)
     with safe_open(file, framework="pt") as opened:
-        header = json.loads(opened.metadata()["drt"])
+        whole_text = opened.metadata()["drt"]
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    save_file(tensors, file, metadata={"drt": json.dumps({**header, "version": 99})})
-    with pytest.raises(MemoryFormatError, match=r"not a saved state of version 2.*version 99"):
+    header = json.loads(whole_text)
+
+    def refused(message: str, text: str, tensors: dict[str, torch.Tensor]) -> None:
+        save_file(tensors, file, metadata={"drt": text})
+        with pytest.raises(MemoryFormatError, match=message):
+            model.load_state(folder)
+
+    for version in (2, 99):
+        text = json.dumps({**header, "version": version})
+        refused(rf"not a saved state of version 3.*version {version}", text, tensors)
+    refused("its header is no JSON", whole_text[:-1], tensors)
+    refused("its header is no JSON", "[1]", tensors)
+    moved = {**header["cursor"], "tokens": header["cursor"]["tokens"] + 1}
+    renamed = {key.replace("cursor", "cursxr"): value for key, value in header.items()}
+    for changed in ({**header, "cursor": moved}, renamed):
+        refused("its content is not what was saved", json.dumps(changed), tensors)
+    keys = {**tensors, "windows.0.keys": tensors["windows.0.keys"] + 1}
+    refused("its content is not what was saved", whole_text, keys)
+    file.write_bytes(whole)
+    with DiskMemory.open(folder, writable=True) as memory:
+        memory.truncate(1)
+    with pytest.raises(MemoryFormatError, match=r"holds 1 chunks.*goes with 2"):
         model.load_state(folder)
-    header["cursor"]["chunks"] = 7
-    changed = dict(tensors)
-    changed["windows.0.keys"] = changed["windows.0.keys"] + 1
-    save_file(changed, file, metadata={"drt": json.dumps(header)})
-    with pytest.raises(MemoryFormatError, match="its tensors are not those that were saved"):
-        model.load_state(folder)
-    save_file(tensors, file, metadata={"drt": json.dumps(header)})
-    with pytest.raises(MemoryFormatError, match=r"holds 2 chunks.*goes with 7"):
-        model.load_state(folder)
+
+
+def test_any_damaged_byte_of_a_saved_state_is_found(tmp_path: Path) -> None:
+    model = make()
+    state = model.new_state()
+    model(torch.zeros(1, 5, dtype=torch.int64), past_key_values=state)
+    model.save_state(state, tmp_path)
+    file = tmp_path / "state.safetensors"
+    whole = file.read_bytes()
+    length = 8 + int.from_bytes(whole[:8], "little")
+    # Every fifth byte of the header, and here and there of the tensors.
+    for place in (*range(0, length, 5), *range(length, len(whole), 499)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        file.write_bytes(damaged)
+        with pytest.raises(MemoryFormatError):
+            saved_cursor(tmp_path)
+    file.write_bytes(b"")
+    with pytest.raises(MemoryFormatError):
+        saved_cursor(tmp_path)
+
+
+def test_a_state_that_cannot_be_loaded_leaves_the_folder_free(tmp_path: Path) -> None:
+    model = make()
+    with DiskMemory.create(tmp_path, fingerprint={"model": model.fingerprint()}) as memory:
+        state = model.new_state(memory=memory)
+        with torch.no_grad():
+            model(torch.randint(0, 61, (1, 40)), past_key_values=state)
+        model.save_state(state, tmp_path)
+    records = tmp_path / "records.0.bin"
+    whole = records.read_bytes()
+    records.write_bytes(bytes(byte ^ 1 for byte in whole))
+    # What the state has retrieved is damaged.
+    with pytest.raises(MemoryFormatError, match="chunk 0 is damaged") as kept:
+        model.load_state(tmp_path, writable=True)
+    records.write_bytes(whole)
+    loaded, _ = model.load_state(tmp_path, writable=True)
+    loaded.memory.close()
+    assert kept.value.chunk == 0
+
+
+OPTIONS: dict[str, Any] = {
+    "dtype": torch.int8,
+    "landmark_dtype": torch.bfloat16,
+    "slab_size": 32,
+    "scan": "bfloat16",
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("writable", [False, True])
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_a_memory_without_chunks_keeps_its_options(
+    tmp_path: Path, tier: str, writable: bool
+) -> None:
+    model, ids = make(), torch.randint(0, 61, (1, 40))
+    of_files: dict[str, Any] = {"fsync": "always", "verify_reads": False}
+    if tier == "host":
+        memory: Any = HostMemory(**OPTIONS)
+    else:
+        marks = {"model": model.fingerprint()}
+        memory = DiskMemory.create(tmp_path, fingerprint=marks, **OPTIONS, **of_files)
+    with memory:
+        state = model.new_state(memory=memory)
+        model(ids[:, :5], past_key_values=state)
+        model.save_state(state, tmp_path)
+    loaded, _ = model.load_state(tmp_path, writable=writable)
+    found: Any = loaded.memory
+    assert vars(found.options) == OPTIONS
+    if tier == "disk" and writable:
+        assert (found.fsync, found.verify_reads) == ("always", False)
+    model(ids[:, 5:], past_key_values=loaded)
+    assert found.blocks()[0].records.dtype == torch.int8
+    found.close()
 
 
 def test_several_rows_are_refused_and_one_of_them_is_not(tmp_path: Path) -> None:

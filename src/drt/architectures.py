@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -38,8 +40,8 @@ def make_config(
         initial: a configuration of which fields are changed; None = the kind's defaults.
 
     Raises:
-        ValueError: an unknown kind or field, a value that the configuration refuses, or a
-            vocabulary smaller than the tokenizer's.
+        ValueError: an unknown kind or field, a value that the configuration refuses, in one line,
+            or a vocabulary smaller than the tokenizer's.
     """
     given = dict(model)
     default = DEFAULT_TYPE if initial is None else initial.model_type
@@ -52,13 +54,13 @@ def make_config(
     check_fields(given, default=kind)
     if initial is None:
         given = {**_of_tokenizer(tokenizer), **given}
-        config = config_class(**given)
+        config = _made(config_class, given)
     else:
         known = known_fields(kind)
         # The Trainer switches use_cache off, and a model that is made so cannot generate.
         known -= {"use_cache"}
         kept = {key: value for key, value in initial.to_dict().items() if key in known}
-        config = config_class(**{**kept, **given})
+        config = _made(config_class, {**kept, **given})
     size = getattr(config, "vocab_size", None)
     if size is None or size < len(tokenizer):
         raise ValueError(
@@ -106,6 +108,51 @@ def make_model(
         except RuntimeError as error:
             raise ValueError(f"the initial model does not fit: {error}") from error
     return model
+
+
+def _made(config_class: type[PreTrainedConfig], given: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration with these fields; whatever it raises, as a ValueError."""
+    given = {name: _as_number(config_class, name, value) for name, value in given.items()}
+    try:
+        return config_class(**given)
+    except (StrictDataclassError, TypeError, ArithmeticError) as error:
+        raise ValueError(_refusal(error, config_class, given)) from error
+
+
+def _hints(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+    """Types of the declared fields."""
+    return {field.name: field.type for field in fields(config_class)}  # type: ignore[arg-type]
+
+
+def _as_number(config_class: type[PreTrainedConfig], name: str, value: Any) -> Any:
+    """A value of a field, a float where that is what the field holds: YAML reads 1e-6 as text."""
+    hint = _hints(config_class).get(config_class.attribute_map.get(name, name))
+    kinds = get_args(hint) or (hint,)
+    if float not in kinds or type(value) in kinds or type(value) not in (int, str):
+        return value
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        raise ValueError(f"model.{name} must be a number, got {value!r}") from None
+
+
+def _refusal(
+    error: Exception, config_class: type[PreTrainedConfig], given: Mapping[str, Any]
+) -> str:
+    """What is wrong with which field, in one line."""
+    found = re.search(r"for field '(\w+)'", str(error))
+    if found and found[1] in given and isinstance(error.__cause__, TypeError):
+        name, hint = found[1], _hints(config_class)[found[1]]
+        kind = hint.__name__ if type(hint) is type else str(hint).removeprefix("typing.")
+        return f"model.{name} must be {kind}, got {given[name]!r}"
+    # Nothing says which field it was, but what divided by zero is zero.
+    named = [
+        f"model.{name}={value!r}"
+        for name, value in given.items()
+        if value == 0 or not isinstance(error, ZeroDivisionError)
+    ]
+    text = " ".join(str(error.__cause__ or error).split()).rstrip(".")
+    return f"model: {text}, got {', '.join(named)}"
 
 
 def _config_class(kind: str) -> type[PreTrainedConfig]:

@@ -11,9 +11,42 @@ from torch import Tensor
 from drt.chunking import Marks
 from drt.state import DRTState
 
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def check_columns(
+    input_ids: Tensor | None, inputs_embeds: Tensor | None, *, hidden_size: int
+) -> Tensor:
+    """The (B, T) ids or (B, T, E) embeddings, of which one must be given, in this shape."""
+    if inputs_embeds is None and input_ids is not None:
+        is_integer = input_ids.dtype in (torch.int32, torch.int64)
+        if input_ids.dim() != 2 or not input_ids.shape[0] or not is_integer:
+            raise ValueError(
+                "input_ids must be (B, T) int64, B at least 1, got shape "
+                f"{tuple(input_ids.shape)} {input_ids.dtype}"
+            )
+        return input_ids
+    if inputs_embeds is None or input_ids is not None:
+        raise ValueError("pass exactly one of input_ids and inputs_embeds")
+    if inputs_embeds.shape[2:] != (hidden_size,) or not inputs_embeds.shape[0]:
+        raise ValueError(
+            f"inputs_embeds must be (B, T, {hidden_size}), B at least 1, got shape "
+            f"{tuple(inputs_embeds.shape)}"
+        )
+    return inputs_embeds
+
+
+def check_ids(input_ids: Tensor, *, vocab_size: int) -> None:
+    """Refuse ids beyond the vocabulary, where the host can look at them without waiting."""
+    if input_ids.device.type != "cpu" or not input_ids.numel():
+        return
+    least, most = (int(bound) for bound in input_ids.aminmax())
+    if least < 0 or most >= vocab_size:
+        raise ValueError(f"input_ids must be 0 to {vocab_size - 1}, got {least} to {most}")
+
 
 def check_state(state: Any, columns: Tensor) -> None:
-    """Refuse what is no `DRTState`, or one of other rows than (B, T) columns have."""
+    """Refuse what is no `DRTState`, one of other rows than (B, T) columns, or an unfinished one."""
     if state is None:
         return
     if not isinstance(state, DRTState):
@@ -23,16 +56,40 @@ def check_state(state: Any, columns: Tensor) -> None:
         )
     if state.batch_size != columns.shape[0]:
         raise ValueError(f"the state has {state.batch_size} rows, the input has {columns.shape[0]}")
+    state.check_finished()
 
 
 def check_labels(
-    labels: Tensor | None, logits_to_keep: int | Tensor, *, output_token_losses: bool
+    labels: Tensor | None,
+    logits_to_keep: int | Tensor,
+    *,
+    output_token_losses: bool,
+    columns: Tensor | None = None,
 ) -> None:
-    """Refuse losses without labels, and labels without the logits that predict them."""
+    """Refuse losses without labels, and labels without the logits that predict them.
+
+    Where the (B, T) columns are given, labels of another shape are refused too.
+    """
     if labels is None and output_token_losses:
         raise ValueError("output_token_losses=True needs labels")
     if labels is not None and (isinstance(logits_to_keep, Tensor) or logits_to_keep):
         raise ValueError(f"labels need all logits, got logits_to_keep = {logits_to_keep}")
+    if labels is not None and columns is not None and labels.shape != columns.shape[:2]:
+        raise ValueError(
+            f"labels must be (B, T) = {tuple(columns.shape[:2])}, got {tuple(labels.shape)}"
+        )
+
+
+def check_mask(attention_mask: Tensor | None, columns: Tensor, state: DRTState | None) -> None:
+    """Refuse a mask of other columns than those given, or than those and all that were read."""
+    if attention_mask is None or attention_mask.dim() != 2:
+        # `make_marks` refuses other ranks.
+        return
+    width, length = attention_mask.shape[1], columns.shape[1]
+    before = 0 if state is None else state.num_columns
+    if width not in (length, before + length):
+        whole = f", and {before + length} with what the state has read" if before else ""
+        raise ValueError(f"attention_mask has {width} columns, the input has {length}{whole}")
 
 
 def make_marks(
@@ -63,6 +120,8 @@ def make_marks(
             )
     if chunk_ends is not None and chunk_ends.dtype != torch.bool:
         raise ValueError(f"chunk_ends must be bool, got {chunk_ends.dtype}")
+    if document_ids is not None and document_ids.dtype not in _INTEGERS:
+        raise ValueError(f"document_ids must be integers, got {document_ids.dtype}")
     return Marks(
         content,
         None if chunk_ends is None else _host(chunk_ends),

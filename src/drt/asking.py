@@ -18,7 +18,7 @@ from drt.retrieval import Retrieval
 
 @dataclass
 class RetrievedPassage:
-    """A chunk that was retrieved at the question's end."""
+    """A chunk that was retrieved where the last chunk of the question closed."""
 
     group: int
     """Retrieval group, 0 the lowest."""
@@ -43,9 +43,11 @@ class Reply:
     answer: str
     """The text that was generated."""
     passages: list[RetrievedPassage]
-    """What was retrieved, by group and falling weight."""
+    """What was retrieved, by group and falling weight; nothing where no chunk closed in the
+    question, which happens with `close_prompt_chunk` False only."""
     is_complete: bool
-    """Whether the memory was read to its end."""
+    """Whether the memory was read to its end; otherwise answer and passages are near the model's
+    own, not exact: in the upper layers the question does not see the last tokens before it."""
 
 
 @torch.no_grad()
@@ -59,6 +61,9 @@ def ask(
     stop: str | None = None,
 ) -> Reply:
     """Ask a memory; it is left as it was.
+
+    Of a memory whose reading was stopped, or is under way, the upper layers have not seen the last
+    tokens, which only the end of a reading gives them: `Reply.is_complete` is then False.
 
     Args:
         model: the model that read it, in evaluation mode.
@@ -76,8 +81,9 @@ def ask(
         raise ValueError("the question is empty")
     marks = {"tokenizer": tokenizer_fingerprint(tokenizer)}
     state, notes = model.load_state(folder, fingerprint=marks)
+    # As `generate` does.
     ends = torch.zeros_like(ids, dtype=torch.bool)
-    ends[:, -1] = True
+    ends[:, -1] = model.config.close_prompt_chunk
     branch = state.fork()
     seen = model(
         ids, past_key_values=branch, chunk_ends=ends, logits_to_keep=1, output_retrievals=True
@@ -114,7 +120,9 @@ def ask(
 
 
 def _ranked(retrieval: Retrieval) -> list[tuple[int, float]]:
-    """The chunks that the last landmark retrieved, with their weights, falling."""
+    """The chunks that the last landmark retrieved, if any, with their weights, falling."""
+    if not retrieval.indices.shape[1]:
+        return []
     numbers, weights = retrieval.indices[0, -1].tolist(), retrieval.weights[0, -1].tolist()
     pairs = [pair for pair in zip(numbers, weights, strict=True) if pair[0] >= 0]
     return sorted(pairs, key=lambda pair: -pair[1])

@@ -64,6 +64,24 @@ class ForkedCache(Cache):
         raise NotImplementedError(f"a {type(self).__name__} is written by its model only")
 
 
+def row_numbers(rows: Tensor, batch_size: int) -> list[int]:
+    """(B',) numbers of rows as a list.
+
+    Raises:
+        ValueError: no int64 or int32 numbers, none, or one that is not below `batch_size`.
+    """
+    # Beams of transformers are int32.
+    if rows.dim() != 1 or rows.dtype not in (torch.int64, torch.int32) or not len(rows):
+        raise ValueError(
+            "rows must be given by their numbers, (n,) int64, at least one, got shape "
+            f"{tuple(rows.shape)} {rows.dtype}"
+        )
+    numbers: list[int] = rows.tolist()
+    if min(numbers) < 0 or max(numbers) >= batch_size:
+        raise ValueError(f"rows must be 0 to {batch_size - 1}, got {numbers}")
+    return numbers
+
+
 def check_trains_without(state: Cache | None, model: Any, *, use_cache: bool | None) -> None:
     """Refuse a state in training mode with gradients.
 

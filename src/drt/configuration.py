@@ -1,5 +1,6 @@
 """`DRTConfig`: every size and choice of a DRT model, checked when it is made."""
 
+import math
 from dataclasses import fields
 from typing import Any, Literal
 
@@ -43,9 +44,9 @@ class DecoderConfig(PreTrainedConfig):
     """Width of one head D; None = hidden_size / num_attention_heads."""
     max_position_embeddings: int = 16384
     """Tokens of a training row, for information: the model itself has no length limit."""
-    initializer_range: float = 0.02
+    initializer_range: int | float = 0.02
     """Standard deviation of the initial weights."""
-    rms_norm_eps: float = 1e-6
+    rms_norm_eps: int | float = 1e-6
     """Added to the mean square in every RMSNorm."""
     tie_word_embeddings: bool = True
     """Whether the output head is the embedding."""
@@ -59,7 +60,7 @@ class DecoderConfig(PreTrainedConfig):
     """Id or ids that end a generation, if any."""
     sliding_window: int = 512
     """Positions that self-attention sees directly, the query's own included; landmarks count."""
-    rope_theta: float = 10000.0
+    rope_theta: int | float = 10000.0
     """Base of the rotary frequencies."""
     loss_chunk_size: int | None = None
     """Tokens, of all rows together, whose logits are held at once in training; a training forward
@@ -67,12 +68,26 @@ class DecoderConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         refuse_unknown_fields(type(self), kwargs)
+        for field in fields(self):
+            # A whole number is as good, and saved as any other.
+            if field.type == int | float:
+                setattr(self, field.name, float(getattr(self, field.name)))
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None and self.num_attention_heads > 0:
-            self.head_dim = self.hidden_size // self.num_attention_heads
+            self.head_dim = self._divided_head_dim()
         super().__post_init__(**kwargs)
         self._check()
+
+    def _divided_head_dim(self) -> int:
+        """The width of a head where it is left to be chosen."""
+        width, rest = divmod(self.hidden_size, self.num_attention_heads)
+        if rest:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                f"{self.num_attention_heads}; set head_dim to choose the head width yourself"
+            )
+        return width
 
     def _positive_fields(self) -> tuple[str, ...]:
         """Names of the fields that must be at least 1 where they are set."""
@@ -101,14 +116,11 @@ class DecoderConfig(PreTrainedConfig):
             # Written so that NaN fails too.
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 < self.rope_theta < math.inf:
+            raise ValueError(f"rope_theta must be positive and finite, got {self.rope_theta}")
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         assert kv_heads is not None
         assert self.head_dim is not None
-        if self.head_dim == self.hidden_size // heads and self.hidden_size % heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of "
-                f"num_attention_heads {heads}; set head_dim to choose the head width yourself"
-            )
         if heads % kv_heads:
             raise ValueError(
                 f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
@@ -140,14 +152,14 @@ class DRTConfig(DecoderConfig):
     """Chunks retrieved per retrieval K."""
     retrieval_onset: Literal["chunk", "landmark"] = "landmark"
     """First position to use a retrieval: the landmark itself, or the chunk after it (the paper)."""
-    retrieval_noise: float = 1.0
+    retrieval_noise: int | float = 1.0
     """Scale of the Gumbel noise on the scores that choose the chunks, in training only."""
     exclude_window_chunks: bool = False
     """Whether chunks that lie wholly inside the landmark's window are no candidates."""
     landmark_size: int | None = None
     """Width L of landmark embeddings and retrieval queries, learned; None = hidden_size, as in the
     paper. Search costs in proportion."""
-    early_close_rate: float = 0.0
+    early_close_rate: int | float = 0.0
     """Chunks closed early, at random, per chunk_size tokens; in training without a state only."""
     close_prompt_chunk: bool = True
     """Whether `generate` closes the open chunk at the end of the prompt, so that what is asked

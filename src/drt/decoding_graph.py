@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from drt.chunking import Cursor, Marks, advance_open, stays_open
+from drt.precision import uses_autocast
 from drt.state import DRTState, WindowCache
 from drt.step_state import StepState
 
@@ -160,8 +161,7 @@ class DecodingGraph:
             return False
         if marks.chunk_ends is not None or marks.document_ids is not None:
             return False
-        kind = self._ids.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        if uses_autocast(self._ids.device.type):
             return False
         if any(cursor.closing for cursor in state.cursors):
             # Padding closes the chunk of a row that has ended, too.

@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from drt import hardware
+from drt.architectures import make_config
 from drt.checkpoints import load_drt
 from drt.data import Corpus, load_corpus, load_tokenizer
 from drt.data.tokenization import BYTES
 from drt.evaluation import comparison, figure, report
 from drt.evaluation.inspection import inspect_question
 from drt.evaluation.memory import life_peak_rss
+from drt.evaluation.needles import common_chunk_size
 from drt.modeling import DRTForCausalLM
 from drt.precision import autocast, uses_bfloat16
-from drt.run_config import CONFIG_FILE
+from drt.run_config import CONFIG_FILE, EvaluationConfig
 from drt.training import RunConfig, train
 from drt.training.folder import check_same_run, is_finished, training_seconds
 
@@ -28,7 +30,9 @@ INSPECTED_LENGTH = 65536
 def run_demo(
     configs: dict[str, RunConfig], output_dir: Path, *, overwrite: bool = False
 ) -> dict[str, Any]:
-    """Train, evaluate and report; a run that was stopped goes on where it was.
+    """Train, evaluate and report.
+
+    Training that was stopped goes on where it was; all questions are asked each time.
 
     Args:
         configs: "drt" and "baseline" runs of the same seed, corpus and tokenizer; their own
@@ -38,6 +42,10 @@ def run_demo(
 
     Returns:
         The content of results.json.
+
+    Raises:
+        ValueError: a wrong setting of a run or of the evaluation, or a folder that holds another
+            run.
     """
     started = time.perf_counter()
     configs = {
@@ -45,6 +53,8 @@ def run_demo(
     }
     main = configs[DRT]
     corpus = load_corpus(main.corpus, load_tokenizer(main.tokenizer or BYTES))
+    for config in configs.values():
+        _check_evaluation(main.evaluation, corpus, config)
     seconds: dict[str, float] = {}
     models: dict[str, DRTForCausalLM] = {}
     for name, config in configs.items():
@@ -73,6 +83,26 @@ def run_demo(
     return results
 
 
+def _check_evaluation(evaluation: EvaluationConfig, corpus: Corpus, config: RunConfig) -> None:
+    """Refuse, before anything is trained, what the model of a run could not be asked."""
+    initial = None if config.initial is None else load_drt(config.initial).model.config
+    size = common_chunk_size([make_config(config.model, corpus.tokenizer, initial=initial)])
+    try:
+        asked = comparison.needle_evaluations(evaluation)
+        points = [(each.task, length) for each in asked.values() for length in each.lengths]
+        for task, length in (*points, (evaluation.multi, _inspected_length(evaluation))):
+            task.evaluation_example(
+                corpus, seed=evaluation.seed, index=0, length=length, chunk_size=size
+            )
+    except ValueError as error:
+        raise ValueError(f"evaluation: {error}") from error
+
+
+def _inspected_length(evaluation: EvaluationConfig) -> int:
+    """Tokens of the context and question that the report shows."""
+    return min(max(evaluation.lengths), INSPECTED_LENGTH)
+
+
 def _trained(
     config: RunConfig, name: str, corpus: Corpus, overwrite: bool
 ) -> tuple[DRTForCausalLM, float]:
@@ -93,7 +123,9 @@ def _write(
     """results.json, figure.png and report.html."""
     (to / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     figure.draw(results, to / "figure.png")
-    length = min(max(config.evaluation.lengths), INSPECTED_LENGTH)
+    length = _inspected_length(config.evaluation)
     task, seed = config.evaluation.multi, config.evaluation.seed
-    inspection = inspect_question(model, corpus, task, length=length, seed=seed)
+    # In the precision of the scores.
+    with autocast(config.precision, model.device):
+        inspection = inspect_question(model, corpus, task, length=length, seed=seed)
     report.write_report(results, inspection, to / "figure.png", to / "report.html")

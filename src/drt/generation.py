@@ -34,8 +34,9 @@ class DRTGeneration(GenerationMixin):
           the whole state at every step.
 
         Raises:
-            ValueError: the prompt begins with what the state has read, a prompt is empty, another
-                kind of cache is asked for, or a decoding graph that cannot be had or does not fit.
+            ValueError: the prompt begins with what the state has read, a prompt is empty, the mask
+                is narrower than the prompts, another kind of cache is asked for, or a decoding
+                graph that cannot be had or does not fit.
         """
         given = kwargs.get("past_key_values")
         if given is not None:
@@ -122,6 +123,8 @@ class DRTGeneration(GenerationMixin):
 
     def _read_prompt(self, prompt: _Prompt, state: DRTState, segment_size: int | None) -> Any:
         """All but the last token without logits, the last one with them."""
+        if segment_size is not None and segment_size < 1:
+            raise ValueError(f"prefill_chunk_size must be at least 1, got {segment_size}")
         model: Any = self
         ids, embeddings, mask = prompt
         ends = None
@@ -129,14 +132,19 @@ class DRTGeneration(GenerationMixin):
             given: Any = embeddings if ids is None else ids
             ends = torch.zeros(given.shape[:2], dtype=torch.bool)
             ends[:, -1] = True
-        if ids is None:
-            return model(
-                inputs_embeds=embeddings,
-                attention_mask=mask,
-                past_key_values=state,
-                chunk_ends=ends,
-                logits_to_keep=1,
-            )
+        if embeddings is not None:
+            size, out = segment_size or embeddings.shape[1], None
+            for begin in range(0, embeddings.shape[1], size):
+                part = slice(begin, begin + size)
+                out = model(
+                    inputs_embeds=embeddings[:, part],
+                    attention_mask=None if mask is None else mask[:, part],
+                    past_key_values=state,
+                    chunk_ends=None if ends is None else ends[:, part],
+                    logits_to_keep=1,
+                )
+            return out
+        assert ids is not None
         before = None if mask is None else mask[:, :-1]
         size = {} if segment_size is None else {"segment_size": segment_size}
         model.read(ids[:, :-1], state, attention_mask=before, **size)
@@ -259,7 +267,13 @@ class _Prompt(NamedTuple):
         if mask is None:
             _checked(None, length)
             return cls(given, None, None) if embeddings is None else cls(None, given, None)
-        mask = _checked(mask[::copies, mask.shape[1] - length :], length)
+        mask = mask[::copies]
+        if mask.shape[0] != given.shape[0] or mask.shape[1] < length:
+            raise ValueError(
+                f"attention_mask has {mask.shape[0]} rows of {mask.shape[1]} columns, the prompt "
+                f"has {given.shape[0]} rows of {length}"
+            )
+        mask = _checked(mask[:, mask.shape[1] - length :], length)
         assert mask is not None
         # Prompts padded at the right end where the others do.
         order = (mask != 0).int().sort(dim=1, stable=True).indices

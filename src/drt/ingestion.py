@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -147,21 +148,24 @@ class Ingestion:
             "model": model.fingerprint(),
             "tokenizer": tokenizer_fingerprint(tokenizer),
         }
-        self.state, self.notes = self._open(dtype)
-        self.log = PassageLog(folder, writable=True)
-        cursor = self.state.cursors[0]
-        self.log.truncate(
-            num_tokens=cursor.tokens,
-            num_chunks=cursor.chunks,
-            num_sources=self.notes.num_sources,
-        )
+        with ExitStack() as opened:
+            self.state, self.notes = self._open(dtype, opened)
+            self.log = opened.enter_context(PassageLog(folder, writable=True))
+            cursor = self.state.cursors[0]
+            self.log.truncate(
+                num_tokens=cursor.tokens,
+                num_chunks=cursor.chunks,
+                num_sources=self.notes.num_sources,
+            )
+            # From here on `close` does it.
+            opened.pop_all()
         self._committed = time.monotonic()
 
-    def _open(self, dtype: torch.dtype | None) -> tuple[DRTState, Notes]:
-        """The folder's state, or an empty one."""
+    def _open(self, dtype: torch.dtype | None, opened: ExitStack) -> tuple[DRTState, Notes]:
+        """The folder's state, or an empty one; its memory is closed with `opened`."""
         folder = self.folder
         if (folder / MANIFEST_FILE).exists() or (folder / STATE_FILE).exists():
-            state, notes = load_state(
+            state, saved = load_state(
                 folder,
                 self.model.config,
                 fingerprint=self.fingerprint,
@@ -169,10 +173,13 @@ class Ingestion:
                 writable=True,
                 dtype=dtype,
             )
-            return state, Notes.of(notes)
+            assert isinstance(state.memory, DiskMemory)
+            opened.enter_context(state.memory)
+            return state, Notes.of(saved)
         if folder.is_dir() and any(file.name not in _BEGUN for file in folder.iterdir()):
             raise ValueError(f"{folder} is not empty and holds no memory")
         memory = DiskMemory.create(folder, fingerprint=self.fingerprint, dtype=dtype)
+        opened.enter_context(memory)
         state, notes = self.model.new_state(memory=memory), Notes()
         # Before the first chunk, so that a folder with chunks always has a state.
         self._save(state, notes)

@@ -17,15 +17,50 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from drt.precision import sum_dtype, without_autocast
+from drt.precision import sum_dtype, uses_autocast, without_autocast
 
 IGNORED = -100
 """The label of a token that nobody is asked to predict."""
 
 
-def next_tokens(labels: Tensor) -> Tensor:
-    """What each column predicts: (B, T) labels moved one to the left, the last `IGNORED`."""
-    return F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+def next_tokens(labels: Tensor, content: Tensor | None = None) -> Tensor:
+    """What each column predicts: the label of the next column of content.
+
+    Args:
+        labels: (B, T) int64.
+        content: (B, T) bool, False at padding; None = no padding.
+
+    Returns:
+        (B, T) int64, `IGNORED` at padding and at the last content of each row.
+    """
+    moved = F.pad(labels, (0, 1), value=IGNORED)
+    if content is None:
+        return moved[:, 1:]
+    length = labels.shape[1]
+    columns = torch.arange(length, device=labels.device).where(content, length)
+    # The first column of content from each column on, then after each.
+    following = F.pad(columns.flip(1).cummin(1).values.flip(1), (0, 1), value=length)[:, 1:]
+    return moved.gather(1, following).masked_fill(~content, IGNORED)
+
+
+def losses_of_labels(losses: Tensor, content: Tensor | None = None) -> Tensor:
+    """The losses of all columns but the first, each where its label stands.
+
+    Args:
+        losses: (B, T) losses where they were computed, of the `next_tokens` of each column.
+        content: (B, T) bool, as in `next_tokens`.
+
+    Returns:
+        (B, T - 1) losses of predicting columns 1 .. T - 1 from the content before each, 0 at
+        padding and where there is none before.
+    """
+    if content is None:
+        return losses[:, :-1]
+    columns = torch.arange(losses.shape[1], device=losses.device).where(content, -1)
+    # The last column of content before each.
+    before = columns.cummax(1).values[:, :-1]
+    wanted = content[:, 1:] & (before >= 0)
+    return losses.gather(1, before.clamp_min(0)).masked_fill(~wanted, 0.0)
 
 
 def losses_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
@@ -99,7 +134,7 @@ class Predictions(NamedTuple):
     logits: Tensor | None
     """(B, T, V)."""
     token_losses: Tensor | None
-    """(B, T - 1) of predicting labels 1 .. T - 1, in nats, 0 at `IGNORED`."""
+    """(B, T - 1) of predicting labels 1 .. T - 1, in nats, 0 at `IGNORED` and at padding."""
     loss: Tensor | None
     """Their mean, as `mean_loss`."""
 
@@ -110,6 +145,7 @@ def predict(
     labels: Tensor | None,
     *,
     chunk_size: int | None,
+    content: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
 ) -> Predictions:
     """Predict the token after each one: the end of every forward.
@@ -119,6 +155,8 @@ def predict(
         hidden: (B, T, E), after the final norm.
         labels: (B, T) int64, the tokens themselves or `IGNORED`; None = logits only.
         chunk_size: as in `losses_of_head`, with labels; then there are no logits.
+        content: (B, T) bool, False at padding, which predicts nothing and is not predicted; None =
+            no padding.
         num_items_in_batch: as in `mean_loss`.
 
     Raises:
@@ -126,10 +164,12 @@ def predict(
     """
     if labels is None:
         return Predictions(head(hidden), None, None)
-    targets = next_tokens(labels).to(hidden.device)
+    if content is not None:
+        content = content.to(hidden.device, non_blocking=True)
+    targets = next_tokens(labels.to(hidden.device), content)
     losses, logits = losses_of_head(head, hidden, targets, chunk_size=chunk_size)
     loss = mean_loss(losses, targets, num_items_in_batch=num_items_in_batch)
-    return Predictions(logits, losses[:, :-1], loss)
+    return Predictions(logits, losses_of_labels(losses, content), loss)
 
 
 class LanguageModelHead(nn.Linear):
@@ -236,6 +276,6 @@ def _slopes(logits: Tensor, targets: Tensor, grad: Tensor) -> Tensor:
 def _product_dtype(weight: Tensor) -> torch.dtype:
     """What a linear layer of this weight multiplies in."""
     kind = weight.device.type
-    if weight.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+    if weight.dtype != torch.float64 and uses_autocast(kind):
         return torch.get_autocast_dtype(kind)
     return weight.dtype

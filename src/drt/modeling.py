@@ -18,7 +18,15 @@ from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
-from drt.arguments import check_labels, check_state, loss_kwargs, make_marks
+from drt.arguments import (
+    check_columns,
+    check_ids,
+    check_labels,
+    check_mask,
+    check_state,
+    loss_kwargs,
+    make_marks,
+)
 from drt.block_retrieval import chunks_of_blocks
 from drt.cache import check_trains_without
 from drt.chunking import ChunkRules, Cursor, Marks, SegmentLayout, plan_segment
@@ -61,7 +69,8 @@ class DRTCausalLMOutput(CausalLMOutputWithPast):
     retrievals: tuple[Retrieval, ...] | None = None
     """Per group a `Retrieval` of the chunks closed in this call; only with `output_retrievals`."""
     token_losses: Tensor | None = None
-    """(B, T - 1) of predicting labels 1 .. T - 1, 0 at -100; only with `output_token_losses`."""
+    """(B, T - 1) of predicting labels 1 .. T - 1, each from the content before it, 0 at -100 and at
+    padding; only with `output_token_losses`."""
 
 
 class DRTPreTrainedModel(PreTrainedModel):
@@ -286,6 +295,9 @@ class DRTForCausalLM(
         Args:
             batch_size: rows that will be read side by side.
             memory: an empty memory to write to; None = a `DeviceMemory`.
+
+        Raises:
+            ValueError: no rows, or a memory that holds chunks; `load_state` goes on from these.
         """
         return DRTState(self.config, batch_size, memory=memory)
 
@@ -310,9 +322,11 @@ class DRTForCausalLM(
             notes: anything that JSON can hold, given back by `load_state`.
 
         Raises:
-            ValueError: the state has several rows, or the folder holds another memory.
+            ValueError: the state has several rows, the folder holds another memory, or an error
+                has interrupted what last read into the state.
             OSError: the folder cannot be written.
         """
+        state.check_finished()
         marks = {"model": self.fingerprint(), **(fingerprint or {})}
         save_state(state, folder, fingerprint=marks, notes=notes)
 
@@ -363,17 +377,21 @@ class DRTForCausalLM(
 
         Args:
             input_ids: (B, T) int64 content tokens, any T; landmarks are inserted inside.
-            attention_mask: (B, T), or (B, past + T) of which the last T count; 0 = padding, which
-                may be anywhere and is as if it were not there.
-            past_key_values: the state that the tokens continue; extended in place.
+            attention_mask: (B, T), or (B, past + T) of which the last T count, with the columns
+                that the state has read; 0 = padding, which may be anywhere and is as if it were
+                not there, in the loss too.
+            past_key_values: the state that the tokens continue; extended in place. After an error
+                on the way it is refused, as it holds an unknown part of them.
             inputs_embeds: (B, T, E) in place of `input_ids`.
-            labels: (B, T) int64, the input ids or -100; shifted inside. Needs all logits.
+            labels: (B, T) int64, the input ids or -100; shifted inside, to the content before
+                each. Needs all logits.
             use_cache: whether to make a state when none is given; None = no.
             logits_to_keep: compute only the last n logits, or those at a (n,) index; 0 = all.
             chunk_ends: (B, T) bool; the open chunk closes after these tokens although it is not
                 full. The end of a prompt, of a turn, of a question.
-            document_ids: (B, T) int64; where the id changes a document begins, which neither sees
-                nor retrieves what came before. None = the document goes on.
+            document_ids: (B, T) of any integers; where the id changes a document begins, which
+                neither sees nor retrieves what came before. Its first token is predicted from
+                there unless its label is -100. None = the document goes on.
             output_retrievals: return what each group retrieved.
             output_token_losses: return the loss of each token; needs `labels`.
             generator: source of the Gumbel noise in training, and of chunks closed early; None =
@@ -385,26 +403,33 @@ class DRTForCausalLM(
             are None where there are labels, in training mode with `config.loss_chunk_size` set.
 
         Raises:
-            ValueError: ids, masks or a state of a wrong shape, an unknown argument, or a state in
-                training mode with gradients.
+            ValueError: ids, labels, masks or a state of a wrong shape, an unfinished state, ids
+                beyond the vocabulary, an unknown argument, or a state in training mode with
+                gradients.
         """
         extra = loss_kwargs(kwargs)
-        check_labels(labels, logits_to_keep, output_token_losses=output_token_losses)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        columns: Any = input_ids if inputs_embeds is None else inputs_embeds
+        columns = check_columns(input_ids, inputs_embeds, hidden_size=self.config.hidden_size)
+        check_labels(
+            labels, logits_to_keep, output_token_losses=output_token_losses, columns=columns
+        )
         state = past_key_values
         check_trains_without(state, self, use_cache=use_cache)
         if state is None and use_cache:
             state = self.new_state(columns.shape[0])
         check_state(state, columns)
+        check_mask(attention_mask, columns, state)
         marks = make_marks(columns, attention_mask, chunk_ends, document_ids)
-        if state is not None and input_ids is not None:
+        # From here to `end_reading` an error leaves the state unfinished.
+        if state is not None and input_ids is None:
+            state.begin_reading(columns.shape[1])
+        elif state is not None and input_ids is not None:
+            check_ids(input_ids, vocab_size=self.config.vocab_size)
             state.note_ids(input_ids)
             graph = state.decoding_graph
             is_bare = labels is None and not output_retrievals and isinstance(logits_to_keep, int)
             if graph is not None and is_bare and graph.covers(input_ids, marks):
                 logits = graph.step(input_ids, marks)
+                state.end_reading()
                 return DRTCausalLMOutput(logits=logits, past_key_values=state)  # type: ignore[arg-type]
         embeddings = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if self.training and state is None and self._closes_early:
@@ -412,7 +437,12 @@ class DRTForCausalLM(
         out = self.model(embeddings, state, input_ids=input_ids, marks=marks, generator=generator)
         hidden = self._predictions(out, logits_to_keep)
         chunk_size = self.config.loss_chunk_size if self.training else None
-        found = predict(self.lm_head, hidden, labels, chunk_size=chunk_size, **extra)
+        content = None if marks.content is None else torch.from_numpy(marks.content)
+        found = predict(
+            self.lm_head, hidden, labels, chunk_size=chunk_size, content=content, **extra
+        )
+        if state is not None:
+            state.end_reading()
         return DRTCausalLMOutput(
             loss=found.loss,
             logits=found.logits,

@@ -20,7 +20,7 @@ def uses_bfloat16(precision: Precision) -> bool:
     if precision != "auto":
         return precision == "bfloat16"
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
@@ -29,11 +29,16 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
     return torch.autocast(device.type, torch.bfloat16, enabled=uses_bfloat16(precision))
 
 
+def uses_autocast(device_type: str) -> bool:
+    """Whether autocast is on for a kind of device; some kinds, as "meta", have none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def without_autocast(device_type: str) -> AbstractContextManager:
     """The context of a function with a precision policy of its own, in forward and backward."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
+    return (
+        torch.autocast(device_type, enabled=False) if uses_autocast(device_type) else nullcontext()
+    )
 
 
 def sum_dtype(like: Tensor) -> torch.dtype:

@@ -9,7 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drt.arguments import check_state, make_marks, move_right
+from drt.arguments import (
+    check_columns,
+    check_ids,
+    check_mask,
+    check_state,
+    make_marks,
+    move_right,
+)
 from drt.chunking import Marks
 from drt.state import DRTState
 
@@ -41,8 +48,10 @@ class DRTReading:
 
         Args:
             input_ids: (B, T) int64 content tokens.
-            state: the state to extend.
-            attention_mask: (B, T), 0 = padding, anywhere; None = no padding.
+            state: the state to extend. After an error on the way it is refused, as it holds an
+                unknown part of them.
+            attention_mask: (B, T), or (B, past + T) of which the last T count; 0 = padding,
+                anywhere; None = no padding.
             chunk_ends: (B, T) bool, where chunks close although they are not full.
             segment_size: tokens of one forward; bounds the working memory.
             complete: False leaves out the upper layers altogether: right when more text follows,
@@ -51,11 +60,19 @@ class DRTReading:
         Returns:
             (B, 1, E) from which `lm_head` predicts the token that follows; None of an empty text,
             and where `complete` is False. Of a row of padding alone it means nothing.
+
+        Raises:
+            ValueError: ids, a mask or a state of a wrong shape, an unfinished state, or ids beyond
+                the vocabulary.
         """
         if segment_size < 1:
             raise ValueError(f"segment_size must be at least 1, got {segment_size}")
+        check_columns(input_ids, None, hidden_size=self.config.hidden_size)
+        check_ids(input_ids, vocab_size=self.config.vocab_size)
         check_state(state, input_ids)
+        check_mask(attention_mask, input_ids, state)
         marks = make_marks(input_ids, attention_mask, chunk_ends, None)
+        # From here to `end_reading` an error leaves the state unfinished.
         state.note_ids(input_ids)
         if marks.content is not None:
             input_ids, marks = move_right(input_ids, marks)
@@ -74,7 +91,9 @@ class DRTReading:
             ids = input_ids[:, begin:end]
             embeddings = self.model.embed_tokens(ids)
             out = self.model(embeddings, state, input_ids=ids, marks=part, memory_only=end <= tail)
-        return None if out is None or not complete else self._predictions(out, 1)
+        hidden = None if out is None or not complete else self._predictions(out, 1)
+        state.end_reading()
+        return hidden
 
     def _some_row_goes_on(self, content: np.ndarray | None, state: DRTState) -> bool:
         """Whether a row gets too few tokens to see none of those that it read before."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ class TaskMix:
     task: NeedleTask
     """What is hidden and asked."""
     weight: float = 1.0
-    """Relative share of the rows."""
+    """Relative share of the rows, above 0."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Stage:
     tasks: list[TaskMix]
     """The needle tasks of the rows."""
     advance_below: float = 0.0
-    """Answer loss (nats a token, smoothed over 20 steps) under which the next stage begins."""
+    """Answer loss (nats a token, smoothed over 20 steps) under which the next stage begins; above 0
+    in every stage but the last, which has no next one."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class TrainingConfig:
     adam_beta2: float = 0.95
     """Decay of AdamW's second moment."""
     max_grad_norm: float = 1.0
-    """Gradient norm is clipped to this."""
+    """Gradient norm is clipped to this; 0 = never."""
     text_loss_weight: float = 0.1
     """Weight of the mean loss on haystack tokens beside that on answer tokens."""
     first_token_weight: float = 0.0
@@ -83,7 +85,7 @@ class TrainingConfig:
     log_every: int = 25
     """Steps between lines of metrics.jsonl; there is a line at each checkpoint too."""
     save_every: int = 500
-    """Steps between checkpoints; the last two are kept."""
+    """Steps between checkpoints; the last two are kept. 0 = one after the last step alone."""
     evaluate_every: int = 500
     """Steps between needle evaluations at the longest row length, or between measurements of the
     validation loss; 0 = none."""
@@ -92,6 +94,21 @@ class TrainingConfig:
     peak_tflops: float | None = None
     """Peak rate of a device in the run's precision, 10^12 operations a second, of which MFU is the
     share that is reached; None = as published for the GPU, and no MFU where that is not known."""
+
+    def __post_init__(self) -> None:
+        _check_at_least(
+            1, self, "training.", ("num_steps", "tokens_per_step", "num_micro_batches", "log_every")
+        )
+        losses = ("text_loss_weight", "first_token_weight")
+        others = ("final_learning_rate", "warmup_steps", "weight_decay", "max_grad_norm")
+        _check_at_least(0, self, "training.", (*losses, *others, "save_every", "evaluate_every"))
+        _check_above_zero("training.learning_rate", self.learning_rate)
+        if self.peak_tflops is not None:
+            _check_above_zero("training.peak_tflops", self.peak_tflops)
+        if not 0 <= self.adam_beta2 < 1:
+            raise ValueError(
+                f"training.adam_beta2 must be at least 0 and below 1, got {self.adam_beta2}"
+            )
 
     def rows_per_step(self, length: int) -> int:
         """Rows of so many tokens that a step has."""
@@ -114,7 +131,11 @@ class TextData:
     validation_split: str = "validation"
     """The split of the validation loss."""
     validation_rows: int = 16
-    """Rows of the validation loss, the same at each measurement."""
+    """Rows of the validation loss, the same at each measurement; 0 = no validation loss."""
+
+    def __post_init__(self) -> None:
+        _check_at_least(2, self, "text.", ("length",))
+        _check_at_least(0, self, "text.", ("validation_rows",))
 
 
 @dataclass(frozen=True)
@@ -189,12 +210,29 @@ class RunConfig:
                 "a run trains on exactly one of stages (needles), text and summaries, "
                 f"got {' and '.join(given) or 'none'}"
             )
+        _check_at_least(0, self, "", ("seed",))
+        self._check_stages()
         self._check_chunk_size()
         for length in self.row_lengths:
             if self.training.tokens_per_step % length:
                 raise ValueError(
                     f"row length {length} must divide tokens_per_step "
                     f"{self.training.tokens_per_step}"
+                )
+
+    def _check_stages(self) -> None:
+        """Refuse stages without rows, and one that never ends before others."""
+        for number, stage in enumerate(self.stages):
+            where = f"stages.{number}."
+            _check_at_least(1, stage, where, ("length",))
+            if not stage.tasks:
+                raise ValueError(f"{where}tasks is empty: at least one is needed")
+            for each, mix in enumerate(stage.tasks):
+                _check_above_zero(f"{where}tasks.{each}.weight", mix.weight)
+            if number < len(self.stages) - 1 and not stage.advance_below > 0:
+                raise ValueError(
+                    f"{where}advance_below must be above 0, got {stage.advance_below}: "
+                    f"the stage would never end and stages.{number + 1} never begin"
                 )
 
     def _check_chunk_size(self) -> None:
@@ -208,7 +246,10 @@ class RunConfig:
             return
         default = DRTConfig.chunk_size if self.initial is None else 1
         of_model = self.model.get("chunk_size", default)
-        chosen = of_model if self.chunk_size is None else self.chunk_size
+        if self.chunk_size is None:
+            chosen = _convert_plain(int, (), of_model, "model.chunk_size")
+        else:
+            chosen = self.chunk_size
         check_row_lengths(self.row_lengths, chosen)
 
     @property
@@ -224,6 +265,19 @@ class RunConfig:
     def train_length(self) -> int:
         """Tokens of the longest training row."""
         return max(self.row_lengths)
+
+
+def _check_at_least(low: int, settings: Any, where: str, names: tuple[str, ...]) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        # Written so that NaN fails too.
+        if not value >= low:
+            raise ValueError(f"{where}{name} must be at least {low}, got {value}")
+
+
+def _check_above_zero(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name} must be above 0, got {value}")
 
 
 def check_row_lengths(lengths: list[int], chunk_size: int) -> None:
@@ -248,7 +302,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         overrides: "dotted.key=value" strings, the value in YAML; list items by number.
 
     Raises:
-        ValueError: no such file, not YAML, an unknown key, or a value of the wrong type.
+        ValueError: no such file, not YAML, files that extend each other, an unknown key, or a value
+            of the wrong type or out of range.
     """
     data = read_mapping(Path(path))
     for override in overrides or []:
@@ -256,12 +311,20 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     return build(RunConfig, data)
 
 
-def read_mapping(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path, *, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A YAML mapping, laid over the one, or the list of them, that its `extends` key names.
 
+    Args:
+        path: the file.
+        above: the files whose `extends` led to it, the first one first.
+
     Raises:
-        ValueError: no such file, no YAML mapping in it, or `extends` is no name.
+        ValueError: no such file, no YAML mapping in it, or `extends` is no name or leads back to a
+            file that it came from.
     """
+    chain = (*above, path)
+    if path.resolve() in (each.resolve() for each in above):
+        raise ValueError(f"extends leads back to where it was: {' -> '.join(map(str, chain))}")
     if not path.is_file():
         raise ValueError(f"no configuration file at {path}")
     try:
@@ -275,7 +338,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     for name in names if isinstance(names, list) else [names]:
         if not isinstance(name, str):
             raise ValueError(f"{path}: extends must name files, got {name!r}")
-        below = overlay(below, read_mapping(path.parent / name))
+        below = overlay(below, read_mapping(path.parent / name, above=chain))
     return overlay(below, data)
 
 
@@ -355,14 +418,21 @@ def _convert_plain(hint: Any, args: tuple[Any, ...], value: Any, where: str) -> 
             raise ValueError(f"{where} must be one of {list(args)}, got {value!r}")
         return value
     if hint is float:
-        # YAML reads 3e-3 as text.
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            raise ValueError(f"{where} must be a number, got {value!r}") from None
+        return _convert_float(value, where)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ValueError(f"{where} must be {hint.__name__}, got {value!r}")
     return value
+
+
+def _convert_float(value: Any, where: str) -> float:
+    try:
+        # YAML reads 3e-3 as text.
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{where} must be a finite number, got {value!r}")
+    return number
 
 
 def apply_override(data: dict[str, Any], override: str, *, noun: str = "override") -> None:

@@ -21,17 +21,20 @@ from torch import Tensor, nn
 
 from drt.chunking import Cursor
 from drt.configuration import DRTConfig
-from drt.memory import DiskMemory, HostMemory, MemoryFormatError
+from drt.memory import ChunkMemory, DiskMemory, HostMemory, MemoryFormatError
 from drt.memory.base import InferenceMemory
 from drt.memory.files import make_folder, named_errors, sync_folder
 from drt.retrieval import RetrievedChunks
 from drt.state import CurrentRetrieval, DRTState
 
 STATE_FILE, MANIFEST_FILE = "state.safetensors", "manifest.json"
-FORMAT, VERSION = "drt-state", 2
+FORMAT, VERSION = "drt-state", 3
 
 PARTIAL_FILE = "state.partial"
 """The state while it is written."""
+
+# Options of a memory that are dtypes, and names in JSON.
+_DTYPES = ("dtype", "landmark_dtype")
 
 # Fields of a configuration that no weight shows, and without which a state means something else;
 # of a configuration that extends `DRTConfig`, all that it adds.
@@ -104,10 +107,13 @@ def save_state(
         "cursor": state.cursors[0]._asdict(),
         "window_lengths": [window.lengths for window in state.windows],
         "num_columns": state.num_columns,
+        # With chunks, the manifest has them.
+        "options": None if (folder / MANIFEST_FILE).exists() else _options(memory),
         "notes": dict(notes or {}),
-        "tensors": _digest(tensors),
     }
-    _replace(folder / STATE_FILE, tensors, {"drt": json.dumps(header)})
+    # One text, as several would stand in the file in any order.
+    text = json.dumps({**header, "digest": _digest(header, tensors)})
+    _replace(folder / STATE_FILE, tensors, {"drt": text})
 
 
 def _check_maker(memory: DiskMemory, fingerprint: Mapping[str, str]) -> None:
@@ -118,6 +124,17 @@ def _check_maker(memory: DiskMemory, fingerprint: Mapping[str, str]) -> None:
                 f"{memory.folder} was created with the fingerprint {dict(memory.fingerprint)}, "
                 f"which does not say {key} = {wanted}: give it to DiskMemory.create"
             )
+
+
+def _options(memory: ChunkMemory) -> dict[str, Any]:
+    """What was chosen about a memory, as JSON has it."""
+    found = dict(vars(memory.options)) if isinstance(memory, InferenceMemory) else {}
+    for name in _DTYPES:
+        if found.get(name) is not None:
+            found[name] = str(found[name]).removeprefix("torch.")
+    if isinstance(memory, DiskMemory):
+        found |= {"fsync": memory.fsync, "verify_reads": memory.verify_reads}
+    return found
 
 
 def _tensors(state: DRTState) -> dict[str, Tensor]:
@@ -137,9 +154,9 @@ def _tensors(state: DRTState) -> dict[str, Tensor]:
     return {name: x.cpu().contiguous() for name, x in tensors.items() if x is not None}
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """A hash of tensors in host memory: 32 digits."""
-    digest = hashlib.blake2b(digest_size=16)
+def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """A hash of a header, which is the same once JSON gave it back, and of tensors: 32 digits."""
+    digest = hashlib.blake2b(json.dumps(header).encode(), digest_size=16)
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
@@ -168,13 +185,15 @@ def load_state(
 ) -> tuple[DRTState, dict[str, Any]]:
     """Load what `save_state` wrote.
 
+    A memory that had no chunks yet is made anew with the options that it had.
+
     Args:
         folder: where it is.
         config: the model's configuration.
         fingerprint: what must have made it.
         device: the model's device.
         writable: whether what is read from here on goes to the folder; else it stays in memory.
-        dtype: storage dtype of keys and values if the folder has no chunks yet; None = as computed.
+        dtype: storage dtype of keys and values if the folder has no chunks yet; None = as it was.
 
     Returns:
         The state, and the notes that were saved with it.
@@ -185,19 +204,25 @@ def load_state(
     """
     folder = Path(folder)
     header, tensors = _read_of(folder, fingerprint)
-    memory = _memory(folder, _cursor(header).chunks, fingerprint, device, writable, dtype)
+    memory = _memory(folder, header["options"], fingerprint, device, writable, dtype)
     try:
         if writable:
             # Whoever wrote before us may have done so until the folder was ours.
             header, tensors = _read_of(folder, fingerprint)
         memory = _as_far_as(memory, _cursor(header).chunks, folder)
+        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+        return _restored(config, memory, header, tensors), header["notes"]
     except BaseException:
         memory.close()
         raise
-    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-    cursor = _cursor(header)
-    state = DRTState(config, 1, memory=memory)
-    state.cursors = [cursor]
+
+
+def _restored(
+    config: DRTConfig, memory: InferenceMemory, header: dict[str, Any], tensors: dict[str, Tensor]
+) -> DRTState:
+    """The state of what a file says, its tensors on the model's device."""
+    state = DRTState(config, 1)
+    state.memory, state.cursors = memory, [_cursor(header)]
     state.num_columns = header["num_columns"]
     state.recent_ids = tensors.get("recent_ids")
     state.opened = tensors.get("opened")
@@ -213,7 +238,7 @@ def load_state(
                 *state.memory.gather(numbers), tensors[f"current.{group}.weights"]
             )
             state.current[group] = CurrentRetrieval(numbers, chunks)
-    return state, header["notes"]
+    return state
 
 
 def saved_cursor(folder: str | Path) -> tuple[Cursor, dict[str, Any]]:
@@ -256,31 +281,41 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise MemoryFormatError(f"{file} is damaged: {error}") from error
-    header = json.loads(metadata.get("drt", "{}"))
+    try:
+        header = dict(json.loads(metadata.get("drt", "{}")))
+    except (ValueError, TypeError) as error:
+        raise MemoryFormatError(f"{file} is damaged: its header is no JSON: {error}") from error
     if (header.get("format"), header.get("version")) != (FORMAT, VERSION):
         raise MemoryFormatError(
             f"{file} is not a saved state of version {VERSION}: it says "
             f"{header.get('format')!r}, version {header.get('version')!r}"
         )
-    if header["tensors"] != _digest(tensors):
-        raise MemoryFormatError(f"{file} is damaged: its tensors are not those that were saved")
+    if header.pop("digest", None) != _digest(header, tensors):
+        raise MemoryFormatError(f"{file} is damaged: its content is not what was saved")
     return header, tensors
 
 
 def _memory(
     folder: Path,
-    num_chunks: int,
+    options: Mapping[str, Any] | None,
     fingerprint: Mapping[str, str],
     device: torch.device,
     writable: bool,
     dtype: torch.dtype | None,
 ) -> InferenceMemory:
     """The folder's memory; to be written, nobody else may write to it from now on."""
-    if not num_chunks and not (folder / MANIFEST_FILE).exists():
-        if writable:
-            return DiskMemory.create(folder, fingerprint=fingerprint, dtype=dtype)
-        return HostMemory(dtype=dtype)
-    return DiskMemory.open(folder, writable=writable, fingerprint=fingerprint, device=device)
+    if options is None or (folder / MANIFEST_FILE).exists():
+        return DiskMemory.open(folder, writable=writable, fingerprint=fingerprint, device=device)
+    chosen = dict(options)
+    for name in _DTYPES:
+        if chosen.get(name) is not None:
+            chosen[name] = getattr(torch, chosen[name])
+    if dtype is not None:
+        chosen["dtype"] = dtype
+    if writable:
+        return DiskMemory.create(folder, fingerprint=fingerprint, **chosen)
+    of_files = ("fsync", "verify_reads")
+    return HostMemory(**{name: each for name, each in chosen.items() if name not in of_files})
 
 
 def _as_far_as(memory: InferenceMemory, num_chunks: int, folder: Path) -> InferenceMemory:

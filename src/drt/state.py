@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from drt.cache import ForkedCache
+from drt.cache import ForkedCache, row_numbers
 from drt.chunking import Cursor, Marks, SegmentLayout
 from drt.configuration import DRTConfig
 from drt.memory import ChunkMemory, DeviceMemory
@@ -153,6 +153,9 @@ class DRTState(ForkedCache):
         config: the model's configuration.
         batch_size: rows.
         memory: an empty chunk memory; None = a `DeviceMemory`.
+
+    Raises:
+        ValueError: no rows, or a memory that holds chunks.
     """
 
     def __init__(
@@ -161,6 +164,11 @@ class DRTState(ForkedCache):
         super().__init__(layers=[])
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if memory is not None and len(memory):
+            raise ValueError(
+                f"a new state needs an empty memory, this one holds {len(memory)} chunks: "
+                "load_state goes on from what was read and saved"
+            )
         self.cursors = [Cursor()] * batch_size
         """Where each row stands."""
         self._windows = [WindowCache() for _ in range(config.num_hidden_layers)]
@@ -171,7 +179,9 @@ class DRTState(ForkedCache):
         """Per group, the chunks that the open block attends to."""
         self.memory: ChunkMemory = DeviceMemory() if memory is None else memory
         self.num_columns = 0
-        """Columns of ids read, padding among them."""
+        """Columns read, padding among them."""
+        self.is_unfinished = False
+        """Whether a reading has begun and not ended: it is under way, or an error has ended it."""
         self._recent_ids: list[Tensor] = []
         self.decoding_graph: PlainSteps | None = None
         """What takes the plain steps of decoding for this state; None = the ordinary forward."""
@@ -244,6 +254,9 @@ class DRTState(ForkedCache):
         other.memory = self.memory.fork()
         return other
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> DRTState:
+        return self.fork()
+
     def skip(self, num_tokens: int | list[int]) -> None:
         """Forget every layer and count tokens as read: for a model that remembers windows only."""
         self.forget_layers(0)
@@ -252,6 +265,28 @@ class DRTState(ForkedCache):
             cursor._replace(tokens=cursor.tokens + count)
             for cursor, count in zip(self.cursors, counts, strict=True)
         ]
+
+    def begin_reading(self, num_columns: int) -> None:
+        """Count columns that are to be read; the state is unfinished until `end_reading`."""
+        self.is_unfinished = True
+        self.num_columns += num_columns
+
+    def end_reading(self) -> None:
+        """What was begun has been read."""
+        self.is_unfinished = False
+
+    def check_finished(self) -> None:
+        """Refuse a state that holds part of what it was to read.
+
+        Raises:
+            ValueError: the last reading has not ended.
+        """
+        if self.is_unfinished:
+            raise ValueError(
+                "the state is unfinished: an error has interrupted what last read into it, and it "
+                "holds an unknown part of that. Go on from a fork made before, or from what "
+                "load_state gives"
+            )
 
     @property
     def recent_ids(self) -> Tensor | None:
@@ -265,8 +300,8 @@ class DRTState(ForkedCache):
         self._recent_ids = [] if ids is None else [ids]
 
     def note_ids(self, input_ids: Tensor) -> None:
-        """Remember the last ids that were read, (B, T), to recognize them."""
-        self.num_columns += input_ids.shape[1]
+        """Begin to read (B, T) ids, and remember the last of them, to recognize them."""
+        self.begin_reading(input_ids.shape[1])
         last = input_ids[:, -_NUM_RECENT:]
         # A view would keep all of the ids, and change with the buffer that it is of.
         self._recent_ids.append(last.clone())
@@ -313,10 +348,18 @@ class DRTState(ForkedCache):
         return f"DRTState(num_tokens={self.num_tokens}, chunks={list(self.memory.counts)})"
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Replace the rows by those with these numbers (B',); none of the memory is moved."""
-        rows = beam_idx.tolist()
+        """Replace the rows by those with these numbers; none of the memory is moved.
+
+        Args:
+            beam_idx: (B',) int64 or int32, at least one.
+
+        Raises:
+            ValueError: anything else, or a row that there is not. The state is as it was.
+        """
+        rows = row_numbers(beam_idx, self.batch_size)
         if rows == list(range(self.batch_size)):
             return
+        memory = self.memory.select_rows(rows)
         for window in self.windows:
             window.select_rows(beam_idx, rows)
         self.cursors = [self.cursors[row] for row in rows]
@@ -328,4 +371,4 @@ class DRTState(ForkedCache):
         self.current = [held and held.select_rows(beam_idx) for held in self.current]
         if self.recent_ids is not None:
             self.recent_ids = self.recent_ids[beam_idx]
-        self.memory = self.memory.select_rows(rows)
+        self.memory = memory

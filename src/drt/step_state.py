@@ -237,7 +237,7 @@ class StepState(DRTState):
         return self.counts.positions
 
     def note_ids(self, input_ids: Tensor) -> None:
-        """Nothing: the state that is stepped has noted them."""
+        """Nothing: the state that is stepped has noted them, and is unfinished after an error."""
 
 
 def _take(held: Tensor, index: Tensor) -> Tensor:

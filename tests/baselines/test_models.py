@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -166,8 +167,17 @@ def test_greedy_generation_is_one_step_after_another(
     gone_on = model.generate(prompt, past_key_values=state, max_new_tokens=30, **GREEDY)
     assert torch.equal(gone_on, wanted)
     assert (state.num_tokens, fork.num_tokens) == (79, 20)
-    with pytest.raises(ValueError, match="no token to go on from"):
-        model.generate(prompt[:, :20], past_key_values=fork, max_new_tokens=1, **GREEDY)
+    for count in (5, 20):
+        with pytest.raises(ValueError, match=f"read 20 tokens, .* the prompt has {count}: there"):
+            model.generate(prompt[:, :count], past_key_values=fork, max_new_tokens=1, **GREEDY)
+    with pytest.raises(ValueError, match="use_cache=False with a state is not supported"):
+        model.generate(prompt, past_key_values=fork, max_new_tokens=2, use_cache=False, **GREEDY)
+    # A mask of the whole text says that the prompt is what comes after the state.
+    mask = torch.ones_like(prompt)
+    behind = model.generate(
+        prompt[:, 20:], attention_mask=mask, past_key_values=fork, max_new_tokens=30, **GREEDY
+    )
+    assert torch.equal(behind[:, 30:], wanted[:, 50:])
 
 
 @torch.no_grad()
@@ -245,6 +255,19 @@ def test_wrong_arguments_are_refused(model: BaselineForCausalLM, ids: Tensor) ->
 )
 def test_wrong_sizes_are_refused(name: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        make_config(name, **changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("landmark_attention", {"retrieval_topk": 2.5}),
+        ("block_recurrent", {"num_state_vectors": "many"}),
+        ("block_recurrent", {"position_embedding": "none"}),
+    ],
+)
+def test_wrong_types_are_refused(name: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(StrictDataclassError, match=next(iter(changes))):
         make_config(name, **changes)
 
 

@@ -1,10 +1,12 @@
 """The commands as a user types them, on a run small enough for a test."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from drt.cli.main import main, parse
@@ -112,6 +114,44 @@ def test_demo_writes_results_figure_and_report(
     assert [row["length"] for row in drt["multi"]] == [128]
     assert main([*arguments, "--output", str(output), "seed=4"]) == 2
     assert "another configuration" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("evaluation.lengths=[128,200]", "evaluation: .*200"),
+        ("evaluation.lengths=[]", "evaluation: lengths is empty"),
+        ("evaluation.questions=0", "evaluation: questions must be at least 1, got 0"),
+        ("evaluation.single.num_digits=18", "evaluation: "),
+    ],
+)
+def test_a_demo_checks_its_questions_before_it_trains(
+    config: Path, baseline: Path, tmp_path: Path, capsys: Any, change: str, message: str
+) -> None:
+    arguments = ["demo", "--config", str(config), "--baseline", str(baseline)]
+    changes = [change, "evaluation.lengths=[64]"] if "digits" in change else [change]
+    assert main([*arguments, "--output", str(tmp_path / "demo"), *changes]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "demo").exists()
+
+
+def test_a_demo_shows_an_answer_in_the_precision_of_its_scores(
+    config: Path, baseline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from drt import demo
+
+    seen: list[bool] = []
+    inspect = demo.inspect_question
+
+    def watched(model: Any, *given: Any, **named: Any) -> Any:
+        seen.append(torch.is_autocast_enabled(model.device.type))
+        return inspect(model, *given, **named)
+
+    monkeypatch.setattr(demo, "inspect_question", watched)
+    arguments = ["demo", "--config", str(config), "--baseline", str(baseline)]
+    changes = ["precision=bfloat16", "training.num_steps=1", "evaluation.lengths=[128]"]
+    assert main([*arguments, "--output", str(tmp_path / "demo"), *changes]) == 0
+    assert seen == [True]
 
 
 @pytest.mark.parametrize(

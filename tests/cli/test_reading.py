@@ -10,6 +10,7 @@ import torch
 from drt import DRTForCausalLM
 from drt.cli.main import main
 from drt.data.tokenization import byte_tokenizer
+from drt.ingestion import Ingestion
 from drt.passages import PassageLog
 from drt.testing import tiny_config
 
@@ -60,6 +61,27 @@ def test_a_memory_of_nothing_is_asked_by_any_number_and_keeps_its_dtype(
         assert main(asked) == 0
     assert main(["read", checkpoint, texts[0], "--memory", str(memory), "--dtype", "int8"]) == 0
     assert '"dtype": "int8"' in (memory / "manifest.json").read_text()
+
+
+def test_an_answer_from_an_unfinished_memory_says_that_it_is_not_exact(
+    tmp_path: Path, texts: list[str], checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    memory = str(tmp_path / "memory")
+    read = ["read", checkpoint, *texts, "--memory", memory, "--segment-size", "64"]
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ingestion, "_commit_if_due", lambda self: (self.commit(), stop()))
+        assert main(read) == 130
+    asked = ["ask", checkpoint, "What? ", "--memory", memory, "--max-new-tokens", "1"]
+    capsys.readouterr()
+    for note in (True, False):
+        assert main(asked) == 0
+        assert ("answer and passages are near the model's own" in capsys.readouterr().out) == note
+        assert main(read) == 0
+        capsys.readouterr()
 
 
 def test_an_answer_ends_before_the_stop(

@@ -12,7 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from drt.memory import DiskMemory
+from drt.memory import (
+    DeviceMemory,
+    DiskMemory,
+    MemoryFormatError,
+    export_safetensors,
+    import_safetensors,
+)
 from drt.memory import files as memory_files
 from drt.memory.files import BinaryFile
 
@@ -142,6 +148,82 @@ def test_a_kill_at_any_write_leaves_what_was_journalled(
         assert count <= found <= 6
         append_until(killed, 9, 0)
         assert assert_as_seeded(killed, 0) == 9
+
+
+@pytest.mark.parametrize("way", ["save", "import"])
+def test_a_kill_while_a_memory_is_copied_leaves_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """The files as they are before every write and every sync are what a kill there leaves."""
+    left: list[Path] = []
+
+    def keep(real: Any) -> Any:
+        def kept(*args: Any) -> Any:
+            left.append(tmp_path / str(len(left)))
+            shutil.copytree(tmp_path / "copy", left[-1])
+            return real(*args)
+
+        return kept
+
+    memory = DeviceMemory()
+    memory.append(*seeded(0, 9))
+    export_safetensors(memory, tmp_path / "shards", shard_bytes=3 * 256)
+
+    def copy(folder: Path) -> None:
+        if way == "import":
+            import_safetensors(tmp_path / "shards", folder, slab_size=4).close()
+        else:
+            memory.save(folder, fingerprint={}, slab_size=4)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(memory_files.os, "pwrite", keep(os.pwrite))
+        patch.setattr(memory_files.os, "fsync", keep(os.fsync))
+        # Whether there is a memory is decided by the name of its manifest.
+        patch.setattr(Path, "replace", keep(Path.replace))
+        copy(tmp_path / "copy")
+    assert assert_as_seeded(tmp_path / "copy", 0) == 9
+    assert len(left) > 3 * 2 + 3
+    unborn = [folder for folder in left if not (folder / "manifest.json").exists()]
+    for folder in left:
+        if folder not in unborn:
+            assert assert_as_seeded(folder, 0) == 9
+            continue
+        with pytest.raises(MemoryFormatError, match="it has no manifest"):
+            DiskMemory.open(folder)
+    # What was left before the manifest is in the way of nothing, whatever comes there.
+    assert len(unborn) > 3 * 2 + 3
+    copy(unborn[-1])
+    assert assert_as_seeded(unborn[-1], 0) == 9
+    with DiskMemory.create(unborn[-2], fingerprint={}, slab_size=4) as other:
+        other.append(*seeded(0, 1))
+    assert assert_as_seeded(unborn[-2], 0) == 1
+    assert not (unborn[-2] / "records.1.bin").exists()
+
+
+@pytest.mark.parametrize("way", ["save", "import"])
+def test_a_copy_that_fails_leaves_nothing_and_can_be_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    memory, folder = DeviceMemory(), tmp_path / "copy"
+    memory.append(*seeded(0, 9))
+    paths = export_safetensors(memory, tmp_path / "shards", shard_bytes=3 * 256)
+    last = paths[-1].read_bytes()
+    if way == "import":
+        paths[-1].write_bytes(last[:-1])
+        with pytest.raises(MemoryFormatError, match="00003-of-00003"):
+            import_safetensors(tmp_path / "shards", folder, slab_size=4)
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(memory_files.os, "pwrite", _no_space)
+            with pytest.raises(OSError, match="No space left"):
+                memory.save(folder, fingerprint={})
+    assert [path.name for path in folder.iterdir()] == ["lock"]
+    paths[-1].write_bytes(last)
+    if way == "import":
+        import_safetensors(tmp_path / "shards", folder).close()
+    else:
+        memory.save(folder, fingerprint={})
+    assert assert_as_seeded(folder, 0) == 9
 
 
 def assert_consistent(memory: DiskMemory, folder: Path, count: int) -> None:

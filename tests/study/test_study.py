@@ -213,7 +213,7 @@ def test_data_that_rows_share_is_checked_once(
     study_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked: list[str] = []
-    monkeypatch.setattr("drt.study.jobs.check_data", lambda run: looked.append(run.output_dir))
+    monkeypatch.setattr("drt.study.jobs.check_data", lambda run, _: looked.append(run.output_dir))
     study = load_study(study_file, ["rows.longer={text: {length: 64}}"])
     check_jobs(study, study_file.parent / "runs")
     assert [Path(each).parent.name for each in looked] == ["window", "longer"]
@@ -231,15 +231,17 @@ def test_a_run_that_fails_is_named_and_others_go_on(
     study_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = yaml.safe_load(study_file.read_text())
-    data["rows"] = {"wrong": {"model": {"retrieval_topk": 0}}, "window": data["rows"]["window"]}
+    data["rows"] = {"wrong": {}, "window": data["rows"]["window"]}
     data["comparisons"] = []
     study_file.write_text(yaml.safe_dump(data, sort_keys=False))
     folder, page = study_file.parent / "runs", study_file.parent / "page.md"
+    (folder / "wrong" / "seed-0").mkdir(parents=True)
+    (folder / "wrong" / "seed-0" / "letters.txt").write_text("not a run")
     words = ["study", str(study_file), "seeds=[0]", "--output", str(folder), "--page", str(page)]
     assert main(words) == 2
     assert "1 runs failed: wrong 0, exit status 2" in capsys.readouterr().err
     log = (folder / "wrong" / "seed-0-log.txt").read_text()
-    assert "retrieval_topk must be at least 1, got 0" in log
+    assert "is not empty and holds no run of this program" in log
     assert "| window |" in page.read_text()
 
 
@@ -338,6 +340,17 @@ def test_a_study_in_the_folder_one_is_in(study_file: Path, monkeypatch: pytest.M
             "row 'last': unknown key model.retrieval_topkk",
         ),
         ("rows.last={training: {num_step: 1}}", "row 'last': unknown key training.num_step"),
+        ("rows.last={model: {retrieval_groups: [5, 5]}}", "row 'last': "),
+        ("rows.last={model: {sliding_window: -3}}", "row 'last': "),
+        (
+            "rows.last={initial: {row: window}, model: {model_type: landmark_attention}}",
+            "row 'last': model_type landmark_attention cannot go on from",
+        ),
+        (
+            "rows.last={text: null, stages: [{length: 128, tasks: [{task: {num_keys: 60, kind: "
+            "multi}}]}]}",
+            "row 'last': stages.0.tasks.0: ",
+        ),
         ("measurements.more={task: perplexitee}", "no task 'perplexitee'"),
         (
             "exceptions.window.test={lengths: [64]}",

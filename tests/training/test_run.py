@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from drt.checkpoints import load_checkpoint
-from drt.data import byte_tokenizer, load_corpus
-from drt.training import RunConfig, Stage, speed, train
+from drt.data import NeedleTask, byte_tokenizer, load_corpus
+from drt.training import RunConfig, Stage, TaskMix, speed, train
 from drt.training.batches import NeedleSteps, StepParts, needle_masks, share
 from drt.training.callbacks import PROGRESS_FILE, latest_checkpoint
 from drt.training.curriculum import LEAD_STEPS, SETTLING_STEPS, Curriculum
@@ -109,6 +109,52 @@ def test_a_run_that_cannot_begin_leaves_nothing(run_config: RunConfig) -> None:
     with pytest.raises(ValueError, match="retrieval_topk"):
         train(wrong)
     assert not Path(run_config.output_dir).exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_questions": 40}, r"stages\.1\.tasks\.0: "),
+        ({"num_digits": 3}, r"evaluation\.multi, which training\.evaluate_every asks for at 256"),
+    ],
+)
+def test_what_training_would_come_to_later_is_refused_before(
+    run_config: RunConfig, change: dict[str, Any], message: str
+) -> None:
+    first, last = run_config.stages
+    task = replace(last.tasks[0].task, **change)
+    many = NeedleTask(kind="multi", num_keys=16, num_questions=16)
+    wrong = replace(
+        run_config,
+        stages=[first, replace(last, tasks=[TaskMix(task)])],
+        evaluation=replace(run_config.evaluation, multi=many),
+        training=replace(run_config.training, evaluate_every=50),
+    )
+    with pytest.raises(ValueError, match=message):
+        train(wrong)
+    assert not Path(run_config.output_dir).exists()
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(run_config: RunConfig, capsys: Any) -> None:
+    short = replace(run_config, training=replace(run_config.training, num_steps=2))
+    final, folder = train(short), Path(short.output_dir)
+    shutil.rmtree(folder / "checkpoint-2")
+    files = [folder / "metrics.jsonl", final / "model.safetensors"]
+    before = [(file.read_bytes(), file.stat().st_mtime_ns) for file in files]
+    assert train(short, resume=True) == final
+    assert "holds a finished run: there is nothing to resume" in capsys.readouterr().out
+    assert [(file.read_bytes(), file.stat().st_mtime_ns) for file in files] == before
+    with pytest.raises(ValueError, match="another configuration"):
+        train(replace(short, seed=5), resume=True)
+
+
+def test_a_run_without_a_checkpoint_says_that_it_begins_anew(
+    run_config: RunConfig, capsys: Any
+) -> None:
+    train(replace(run_config, training=replace(run_config.training, num_steps=1)), resume=True)
+    assert "holds no checkpoint to resume from: training begins at step 0" in (
+        capsys.readouterr().out
+    )
 
 
 def test_a_folder_of_other_things_is_left_alone(run_config: RunConfig) -> None:

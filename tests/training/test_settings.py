@@ -222,6 +222,8 @@ def test_matrices_are_decayed_and_norms_biases_and_vectors_are_not(
     config = replace(
         settings,
         model=model or settings.model,
+        # Rows of 64 tokens have room for questions at the ends of chunks of 16.
+        chunk_size=16,
         training=replace(settings.training, optimizer=optimizer),
     )
     materials = make_materials(config, haystack)

@@ -57,7 +57,7 @@ class AblationConfig(DRTConfig):
     retriever_name: str = HASHED_NGRAMS
     """Encoder of the fixed retriever: "hashed-ngrams", "wordllama", or a sentence encoder of
     transformers by folder or hub name, such as "facebook/contriever"."""
-    retriever_scale: float = 20.0
+    retriever_scale: int | float = 20.0
     """By which the fixed retriever multiplies cosines before the softmax that gives its weights."""
     retriever_weights: Literal["scores", "uniform"] = "scores"
     """Weights of what the fixed retriever found; in joint mixing they are not used."""

@@ -139,7 +139,14 @@ class BaselineModel(BaselinePreTrainedModel):
 
 
 class BaselineForCausalLM(LanguageModelHeadMixin, BaselinePreTrainedModel, GenerationMixin):
-    """A `BaselineModel` with a language-model head; subclasses name their classes only."""
+    """A `BaselineModel` with a language-model head; subclasses name their classes only.
+
+    `generate` with a state that has read something is that of transformers, the opposite of
+    `DRTForCausalLM`: the prompt is the whole text, that which the state has read included, and goes
+    on behind it. Of what was read only the length is known, so the beginning of the prompt is left
+    out unread, whatever it is. With an `attention_mask` of as many columns as the whole text, the
+    prompt is what comes after the state, as with a DRT.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     # The Trainer then hands `num_items_in_batch` to the loss.
@@ -224,8 +231,12 @@ class BaselineForCausalLM(LanguageModelHeadMixin, BaselinePreTrainedModel, Gener
                 f"cache_implementation={generation_config.cache_implementation!r} is not "
                 f"supported: a {type(self).__name__} keeps a BaselineState"
             )
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = self.new_state()
+        given = model_kwargs.get("past_key_values")
+        if generation_config.use_cache:
+            model_kwargs["past_key_values"] = self.new_state() if given is None else given
+        elif given is not None:
+            # Each step would read the whole text into it again.
+            raise ValueError("use_cache=False with a state is not supported: leave one of them out")
 
     def prepare_inputs_for_generation(
         self,
@@ -235,12 +246,17 @@ class BaselineForCausalLM(LanguageModelHeadMixin, BaselinePreTrainedModel, Gener
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The tokens that the state has not read; the rest is as `forward` wants it."""
+        """The tokens that the state has not read; the rest is as `forward` wants it.
+
+        Raises:
+            ValueError: the prompt is not longer than what the state has read.
+        """
         if next_sequence_length is not None:
             if next_sequence_length < 1:
+                read = input_ids.shape[1] - next_sequence_length
                 raise ValueError(
-                    f"the state has read {past_key_values} and input_ids have "
-                    f"{input_ids.shape[1]} columns: there is no token to go on from"
+                    f"the state has read {read} tokens, which the prompt must begin with, and the "
+                    f"prompt has {input_ids.shape[1]}: there is no token to go on from"
                 )
             input_ids = input_ids[:, -next_sequence_length:]
         return {

@@ -23,8 +23,7 @@ through all blocks of a row; there a row is 4,096 tokens and goes on from the st
 of the one before, without gradient.
 """
 
-from __future__ import annotations
-
+# No annotations from __future__: `strict` checks the types of fields, and no text is a type.
 from typing import Any, Literal, NamedTuple
 
 import torch

@@ -27,8 +27,7 @@ at the first. In the first layer that leaves nothing to choose by, as its landma
 nothing yet and are all the same: it sees its window only.
 """
 
-from __future__ import annotations
-
+# No annotations from __future__: `strict` checks the types of fields, and no text is a type.
 from typing import NamedTuple
 
 import torch
@@ -101,7 +100,7 @@ class Chunks(NamedTuple):
     landmarks: Tensor
     """(B, G, C, D) landmark keys, rotated by S."""
 
-    def extended(self, new: Chunks) -> Chunks:
+    def extended(self, new: "Chunks") -> "Chunks":
         """These and new ones after them, in the precision of the new."""
         if new.keys.shape[2] == 0:
             return self

@@ -47,7 +47,10 @@ def run(options: argparse.Namespace) -> None:
         print(json.dumps(asdict(reply), ensure_ascii=False))
         return
     if not reply.is_complete:
-        print(f"note: {options.memory} has not been read to its end: drt read goes on with it")
+        print(
+            f"note: {options.memory} has not been read to its end: answer and passages are near "
+            "the model's own, not exact; drt read goes on with it"
+        )
     print(reply.answer)
     for passage in reply.passages:
         where = f"{passage.source or 'the question'} bytes {passage.start}-{passage.end}"

@@ -11,7 +11,10 @@ from drt.cli.lengths import length
 
 NAME = "demo"
 HELP = "Train a DRT and a sliding-window model, and ask both in contexts of up to a million tokens."
-EPILOG = "A run that was stopped goes on where it was when the same command is given again."
+EPILOG = (
+    "Training that was stopped goes on where it was when the same command is given again; the "
+    "questions are asked from the first one on."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -211,6 +211,8 @@ class InferenceMemory(ABC):
     ) -> None:
         """Write one row to a new folder that `DiskMemory.open` reads, bytes as they are stored.
 
+        Until all of it is there the folder is no memory, and saving to it can begin anew.
+
         Args:
             folder: where; it must not hold a memory.
             fingerprint: what made the memory, as in `DiskMemory.create`.

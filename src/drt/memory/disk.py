@@ -40,7 +40,7 @@ class DiskMemory(InferenceMemory):
         self.folder = folder
         self.verify_reads = verify_reads
         self.fingerprint: Mapping[str, str] = {}
-        self._fsync: FsyncPolicy = "commit"
+        self.fsync: FsyncPolicy = "commit"
         self._lock: FolderLock | None = None
         self._journal: Journal | None = None
         self._written: list[DiskSlab] = []
@@ -80,7 +80,7 @@ class DiskMemory(InferenceMemory):
         options = Options(dtype, slab_size, landmark_dtype, scan)
         memory = cls(folder, options, verify_reads=verify_reads)
         make_folder(folder)
-        memory._lock, memory._fsync = FolderLock(folder), fsync
+        memory._lock, memory.fsync = FolderLock(folder), fsync
         if (folder / "manifest.json").exists():
             memory._lock.release()
             raise ValueError(f"{folder} holds a memory already: open it with writable=True")
@@ -124,7 +124,7 @@ class DiskMemory(InferenceMemory):
         layout = manifest.layout(place, compute_dtype=compute_dtype, scan=scan)
         options = Options(layout.records.dtype, manifest.slab_size, layout.landmark_dtype, scan)
         memory = cls(folder, options, verify_reads=verify_reads)
-        memory.fingerprint, memory._fsync, memory._layout = manifest.fingerprint, fsync, layout
+        memory.fingerprint, memory.fsync, memory._layout = manifest.fingerprint, fsync, layout
         memory._start(writable)
         return memory
 
@@ -147,19 +147,38 @@ class DiskMemory(InferenceMemory):
         super().append(landmarks, keys, values, lengths)
 
     def append_encoded(self, layout: Layout, blocks: Iterable[EncodedChunks]) -> None:
-        """Write chunks as another memory stores them, with the same layout."""
+        """Fill a new memory with chunks as another stores them; one of no chunks is one too.
+
+        The manifest is written last: a folder that was left before that is no memory. After an
+        error the files are gone and the memory is closed.
+
+        Raises:
+            ValueError: opened for reading, or the memory has chunks already.
+            OSError: the disk is full or fails.
+        """
         self._check_writable()
-        self._layout = layout
-        self._rows = self._rows or [Row()]
-        # A memory of no chunks is one too.
-        self._journal = self._journal or self._make_files()
-        for chunks in blocks:
-            self._append_row(self._rows[0], chunks)
+        if self._journal is not None:
+            raise ValueError(f"{self.folder} has chunks already: only a new memory can be filled")
+        self._layout, self._rows = layout, [Row()]
+        try:
+            self._journal = self._make_journal()
+            for chunks in blocks:
+                self._append_row(self._rows[0], chunks)
+            self.commit()
+            self._manifest(layout).write(self.folder)
+        except BaseException:
+            for name in ("manifest.json", "manifest.json.new", "journal.bin"):
+                (self.folder / name).unlink(missing_ok=True)
+            self._drop_unused_files(0)
+            # There is nothing to commit.
+            self._journal = None
+            self.close()
+            raise
 
     def commit(self) -> None:
         """Bring all that was appended to the medium, unless fsync is "never"."""
         self._check_writable()
-        if self._fsync == "never" or self._journal is None:
+        if self.fsync == "never" or self._journal is None:
             return
         for slab in self._written:
             slab.sync()
@@ -180,13 +199,13 @@ class DiskMemory(InferenceMemory):
             raise ValueError(f"num_chunks must be 0 to {len(self)}, got {num_chunks}")
         if self._journal is None or num_chunks == len(self):
             return
-        if self._fsync != "never":
+        if self.fsync != "never":
             # The slabs that are cut are opened anew, and nobody would remember to sync them.
             for slab in self._written:
                 slab.sync()
         # The journal first: a chunk without an entry is no chunk, an entry without one is damage.
         self._journal.truncate(num_chunks)
-        if self._fsync != "never":
+        if self.fsync != "never":
             self._journal.sync()
         whole = num_chunks // self.slab_size
         self._rows = [Row(self._rows[0].views[:whole])]
@@ -266,12 +285,12 @@ class DiskMemory(InferenceMemory):
         parts = list(self._parts(row, len(entries)))
         for slab, part in parts:
             slab.write(chunks.part(part.start, part.stop), landmarks[part])
-            if self._fsync == "always":
+            if self.fsync == "always":
                 slab.sync()
-        if self._fsync == "always" and any(slab.filled == 0 for slab, _ in parts):
+        if self.fsync == "always" and any(slab.filled == 0 for slab, _ in parts):
             # The names of new files.
             sync_folder(self.folder)
-        self._journal.append(entries, sync=self._fsync == "always")
+        self._journal.append(entries, sync=self.fsync == "always")
         for slab, part in parts:
             slab.publish(chunks.part(part.start, part.stop), entries[part])
             if slab.filled == part.stop - part.start:
@@ -300,9 +319,14 @@ class DiskMemory(InferenceMemory):
 
     def _make_files(self) -> Journal:
         assert self._layout is not None
-        journal = Journal(self.folder, mode="make")
+        journal = self._make_journal()
         self._manifest(self._layout).write(self.folder)
         return journal
+
+    def _make_journal(self) -> Journal:
+        # Of a memory that was killed before it was one.
+        self._drop_unused_files(0)
+        return Journal(self.folder, mode="make")
 
     def _manifest(self, layout: Layout) -> Manifest:
         size = self.slab_size

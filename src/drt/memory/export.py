@@ -110,7 +110,7 @@ def import_safetensors(
     fingerprint: Mapping[str, str] | None = None,
     slab_size: int | None = None,
 ) -> DiskMemory:
-    """Make a memory folder of what `export_safetensors` wrote, bit for bit.
+    """Make a memory folder of what `export_safetensors` wrote, bit for bit, or none.
 
     Args:
         source: the folder of the shards.
@@ -136,12 +136,7 @@ def import_safetensors(
         landmark_dtype=layout.landmark_dtype,
         slab_size=slab_size,
     )
-    try:
-        memory.append_encoded(layout, (_read(path, manifest, layout) for path in paths))
-        memory.commit()
-    except BaseException:
-        memory.close()
-        raise
+    memory.append_encoded(layout, (_read(path, manifest, layout) for path in paths))
     return memory
 
 

@@ -19,7 +19,6 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from drt import hardware
-from drt.architectures import DEFAULT_TYPE, check_fields
 from drt.checkpoints import load_checkpoint
 from drt.evaluation.needles import DEFAULT_CHUNK_SIZE
 from drt.evaluation.tasks import make_task
@@ -29,7 +28,7 @@ from drt.study.config import Measurement, StudyConfig, run_config, run_folder
 from drt.training import train
 from drt.training.flops import flops_if_known
 from drt.training.folder import differences, is_finished, training_seconds
-from drt.training.materials import check_data
+from drt.training.materials import Planned, check_data, plan_run
 
 RESULTS_FILE = "results.json"
 """In a run's folder: a list of what was measured, with what settings and on what hardware."""
@@ -93,13 +92,15 @@ def check_jobs(study: StudyConfig, folder: Path) -> None:
         folder: where its runs are kept.
 
     Raises:
-        ValueError: a row or a measurement has a wrong setting or no data, or there is a run that
-            was trained with another configuration than its row has now.
+        ValueError: a row or a measurement has a wrong setting or no data, a model cannot be as its
+            row says, or there is a run that was trained with another configuration than its row has
+            now.
         ImportError: a measurement needs a library that is not installed.
     """
     base = read_mapping(Path(study.base))
     _check_same_tokens(study)
     checked: list[Any] = []
+    planned: dict[str, Planned | None] = {}
     for row in study.trained:
         for measurement in study.measurements_of(row).values():
             if measurement not in checked:
@@ -107,13 +108,13 @@ def check_jobs(study: StudyConfig, folder: Path) -> None:
                 checked.append(measurement)
         try:
             config = run_config(study, base, row, study.seeds[0], folder)
-            kind = _kind(study, base, row)
-            if kind is not None:
-                check_fields(config.model, default=kind)
+            plan = _plan(study, base, row, planned)
             # Rows of a study mostly share their data.
             data = (config.text, config.summaries, config.training, config.tokenizer)
-            if data not in checked:
-                check_data(config)
+            of_needles = (config.stages, config.chunk_size, config.model.get("chunk_size"))
+            data += (config.corpus, config.evaluation, *of_needles) if config.stages else ()
+            if plan is not None and data not in checked:
+                check_data(config, plan)
                 checked.append(data)
         except ValueError as error:
             raise ValueError(f"row {row!r}: {error}") from error
@@ -122,15 +123,17 @@ def check_jobs(study: StudyConfig, folder: Path) -> None:
         check_configuration(study, base, job, folder)
 
 
-def _kind(study: StudyConfig, base: dict[str, Any], row: str) -> str | None:
-    """The kind of model that a row is of; None where it begins with one that is not a row's."""
-    config = run_config(study, base, row, study.seeds[0], Path())
-    source = study.initial_row(row)
-    if "model_type" in config.model:
-        return config.model["model_type"]
-    if source is not None:
-        return _kind(study, base, source)
-    return DEFAULT_TYPE if config.initial is None else None
+def _plan(
+    study: StudyConfig, base: dict[str, Any], row: str, known: dict[str, Planned | None]
+) -> Planned | None:
+    """What a row's model will be; None where it begins with one that is not a row's."""
+    if row not in known:
+        config = run_config(study, base, row, study.seeds[0], Path())
+        source = study.initial_row(row)
+        initial = None if source is None else _plan(study, base, source, known)
+        foreign = config.initial is not None and initial is None
+        known[row] = None if foreign else plan_run(config, initial)
+    return known[row]
 
 
 def _check_same_tokens(study: StudyConfig) -> None:

@@ -74,7 +74,8 @@ class NeedleSteps:
         chunk_size: questions end at multiples of so many tokens.
 
     Raises:
-        ValueError: a stage's rows are not a multiple of `chunk_size` long.
+        ValueError: a stage's rows are not a multiple of `chunk_size` long, or too short for one of
+            its tasks.
     """
 
     def __init__(
@@ -83,6 +84,22 @@ class NeedleSteps:
         check_row_lengths(config.row_lengths, chunk_size)
         self.config, self.corpus, self.curriculum = config, corpus, curriculum
         self.chunk_size = chunk_size
+        self._check_tasks()
+
+    def _check_tasks(self) -> None:
+        """Make a row of every task: before training, not when it comes to a later stage."""
+        for number, stage in enumerate(self.config.stages):
+            for each, mix in enumerate(stage.tasks):
+                try:
+                    mix.task.training_row(
+                        self.corpus,
+                        seed=self.config.seed,
+                        index=0,
+                        length=stage.length,
+                        chunk_size=self.chunk_size,
+                    )
+                except ValueError as error:
+                    raise ValueError(f"stages.{number}.tasks.{each}: {error}") from error
 
     def rows(self, step: int) -> Batch:
         """All rows of a step."""

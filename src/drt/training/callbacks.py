@@ -13,11 +13,13 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
+from drt.memory.files import write_whole
 from drt.run_config import CONFIG_FILE, RunConfig, save_config
 from drt.training.curriculum import Curriculum
+from drt.training.folder import read_metrics
 
 PROGRESS_FILE = "progress.json"
-"""In each checkpoint, written last: a checkpoint without it is not whole."""
+"""In each checkpoint, written last and in full: a checkpoint without it is not whole."""
 
 
 class MetricsFile(TrainerCallback):
@@ -33,12 +35,11 @@ class MetricsFile(TrainerCallback):
         """Drop lines of steps that a resumed run will take again."""
         if not state.is_world_process_zero:
             return
-        kept: list[str] = []
+        kept: list[dict[str, Any]] = []
         if self.path.is_file() and state.global_step:
-            lines = self.path.read_text().splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-        self.path.write_text("".join(line + "\n" for line in kept))
-        before = json.loads(kept[-1])["seconds"] if kept else 0.0
+            kept = [each for each in read_metrics(self.path) if each["step"] <= state.global_step]
+        write_whole(self.path, "".join(json.dumps(each) + "\n" for each in kept))
+        before = kept[-1]["seconds"] if kept else 0.0
         self.started = time.monotonic() - before
 
     def on_log(
@@ -94,7 +95,7 @@ class CheckpointFiles(TrainerCallback):
         save_config(self.config, folder / CONFIG_FILE)
         file = folder / PROGRESS_FILE
         if self.curriculum is None:
-            file.write_text("{}")
+            write_whole(file, "{}")
         else:
             self.curriculum.save(file)
 

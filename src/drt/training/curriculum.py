@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from drt.memory.files import write_whole
 from drt.run_config import Stage
 
 # Batches are made ahead of the step they are for: a new stage begins this many steps later, so
@@ -45,8 +46,8 @@ class Curriculum:
             self.average = None
 
     def save(self, path: Path) -> None:
-        """Write the progress as JSON."""
-        path.write_text(json.dumps({"starts": self.starts, "average": self.average}))
+        """Write the progress as JSON, in full or not at all."""
+        write_whole(path, json.dumps({"starts": self.starts, "average": self.average}))
 
     def load(self, path: Path) -> None:
         """Read what `save` wrote."""

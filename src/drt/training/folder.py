@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,12 @@ from typing import Any
 from drt.run_config import CONFIG_FILE, FINAL_FOLDER, RunConfig, load_config
 
 METRICS_FILE = "metrics.jsonl"
+
+# What is left of a run's configuration whose writing was cut short.
+UNFINISHED = f"{CONFIG_FILE}.new"
+
+# Keys of a run that may name a file or folder.
+PATHS = ("text.corpus", "summaries.path", "corpus", "tokenizer", "initial")
 
 
 def is_finished(folder: Path) -> bool:
@@ -19,8 +26,24 @@ def is_finished(folder: Path) -> bool:
 
 def training_seconds(folder: Path) -> float:
     """Wall seconds that the run in this folder has trained, over all its restarts."""
-    lines = (folder / METRICS_FILE).read_text().splitlines()
-    return json.loads(lines[-1])["seconds"]
+    return read_metrics(folder / METRICS_FILE)[-1]["seconds"]
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last one that was cut when its process ended is left out.
+
+    Raises:
+        ValueError: another line is not JSON.
+    """
+    lines = path.read_text().splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+    return records
 
 
 def check_folder(folder: Path, config: RunConfig, *, resume: bool, overwrite: bool) -> None:
@@ -32,7 +55,7 @@ def check_folder(folder: Path, config: RunConfig, *, resume: bool, overwrite: bo
             )
         if not overwrite:
             check_same_run(folder, config)
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and any(each.name != UNFINISHED for each in folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no run of this program")
 
 
@@ -55,8 +78,9 @@ def differences(before: RunConfig, now: RunConfig) -> list[str]:
     """Where two runs differ in what they are trained with: "key was .. and is ..", by key.
 
     Where they are kept may differ, and what they are asked afterwards, their `evaluation`; so may
-    their micro-batches, with which another number of processes makes as many parts of a step. Runs
-    to begin with are the same ones by their last two names: the folder of a study may have moved.
+    their micro-batches, with which another number of processes makes as many parts of a step. Paths
+    may be written in another way. Runs to begin with are the same ones by their last two names: the
+    folder of a study may have moved.
     """
     old, new = _trained_with(before), _trained_with(now)
     return [
@@ -69,9 +93,11 @@ def differences(before: RunConfig, now: RunConfig) -> list[str]:
 def _trained_with(config: RunConfig) -> dict[str, Any]:
     found = asdict(config)
     del found["evaluation"], found["output_dir"], found["training"]["num_micro_batches"]
+    flat = _flat(found)
+    flat |= {key: os.path.normpath(flat[key]) for key in PATHS if flat.get(key)}
     if config.initial is not None:
-        found["initial"] = "/".join(Path(config.initial).parts[-2:])
-    return _flat(found)
+        flat["initial"] = "/".join(Path(flat["initial"]).parts[-2:])
+    return flat
 
 
 def _flat(mapping: dict[str, Any], where: str = "") -> dict[str, Any]:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from drt.architectures import attach_tokenizer, make_config, make_model
-from drt.checkpoints import Checkpoint, load_checkpoint
+from drt.checkpoints import load_checkpoint
 from drt.configuration import DRTConfig
 from drt.data import Corpus, load_corpus, load_tokenizer
 from drt.data.prepared import TokenRows
@@ -39,6 +39,13 @@ class Materials(NamedTuple):
     """Rows of the validation loss, (T,) each; none of needle rows."""
 
 
+class Planned(NamedTuple):
+    """What is known of a run's model before anything is trained."""
+
+    tokenizer: PreTrainedTokenizerBase
+    model_config: PreTrainedConfig
+
+
 def make_materials(config: RunConfig, corpus: Corpus | None = None) -> Materials:
     """Load data and make the model of a run.
 
@@ -50,11 +57,8 @@ def make_materials(config: RunConfig, corpus: Corpus | None = None) -> Materials
         ValueError: something is not there, or model and data do not go together.
     """
     initial = None if config.initial is None else load_checkpoint(config.initial)
-    tokenizer = _tokenizer(config, initial)
-    if initial is not None:
-        _check_initial(tokenizer, initial.tokenizer)
-    model_config = make_config(
-        config.model, tokenizer, initial=initial.model.config if initial else None
+    tokenizer, model_config = plan_run(
+        config, initial and Planned(initial.tokenizer, initial.model.config)
     )
     # Data first: it may be refused, and a large model takes time to make.
     curriculum = None
@@ -67,8 +71,7 @@ def make_materials(config: RunConfig, corpus: Corpus | None = None) -> Materials
     else:
         curriculum = Curriculum(config.stages)
         corpus = corpus or load_corpus(config.corpus, tokenizer)
-        chunk_size = config.chunk_size or getattr(model_config, "chunk_size", DRTConfig.chunk_size)
-        source = NeedleSteps(config, corpus, curriculum, chunk_size=chunk_size)
+        source = _needles(config, corpus, curriculum, model_config)
     model = make_model(model_config, seed=config.seed, initial=initial.model if initial else None)
     attach_tokenizer(model, tokenizer)
     if config.text is not None:
@@ -76,15 +79,68 @@ def make_materials(config: RunConfig, corpus: Corpus | None = None) -> Materials
     return Materials(tokenizer, model, source, curriculum, corpus, validation)
 
 
-def check_data(config: RunConfig) -> None:
-    """Refuse a run on text or summaries that are not there or too short, without making a model.
+def plan_run(config: RunConfig, initial: Planned | None) -> Planned:
+    """The tokenizer of a run and the configuration of its model.
+
+    Args:
+        config: the run.
+        initial: the same of the model that it begins with; None = it begins with none.
+
+    Raises:
+        ValueError: an unknown or wrong field of the model, or a tokenizer that does not go with it.
+    """
+    tokenizer = _tokenizer(config, initial)
+    if initial is not None:
+        _check_initial(tokenizer, initial.tokenizer)
+    before = None if initial is None else initial.model_config
+    return Planned(tokenizer, make_config(config.model, tokenizer, initial=before))
+
+
+def _needles(
+    config: RunConfig, corpus: Corpus, curriculum: Curriculum, model_config: PreTrainedConfig
+) -> NeedleSteps:
+    chunk_size = config.chunk_size or getattr(model_config, "chunk_size", DRTConfig.chunk_size)
+    source = NeedleSteps(config, corpus, curriculum, chunk_size=chunk_size)
+    if config.training.evaluate_every:
+        _check_questions(config, corpus, chunk_size)
+    return source
+
+
+def _check_questions(config: RunConfig, corpus: Corpus, chunk_size: int) -> None:
+    """Refuse needle evaluations on the way whose questions do not fit in the longest row."""
+    evaluation = config.evaluation
+    for name, task in (("single", evaluation.single), ("multi", evaluation.multi)):
+        try:
+            task.evaluation_example(
+                corpus,
+                seed=evaluation.seed + 1,
+                index=0,
+                length=config.train_length,
+                chunk_size=chunk_size,
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"evaluation.{name}, which training.evaluate_every asks for at "
+                f"{config.train_length} tokens: {error}"
+            ) from error
+
+
+def check_data(config: RunConfig, planned: Planned) -> None:
+    """Refuse a run on what is not there or too short, without making a model.
+
+    Args:
+        config: the run.
+        planned: what `plan_run` gives for it.
 
     Raises:
         ValueError: as `make_materials`.
         ImportError: summaries of the hub are wanted and `datasets` is not installed.
     """
     if config.text is not None:
-        _text(config, config.text, _tokenizer(config, None))
+        _text(config, config.text, planned.tokenizer)
+    elif config.stages:
+        corpus = load_corpus(config.corpus, planned.tokenizer)
+        _needles(config, corpus, Curriculum(config.stages), planned.model_config)
     elif config.summaries is not None:
         data = config.summaries
         held_out = [data.validation_split] if config.training.evaluate_every else []
@@ -92,7 +148,7 @@ def check_data(config: RunConfig) -> None:
             load_summaries(data, split)
 
 
-def _tokenizer(config: RunConfig, initial: Checkpoint | None) -> PreTrainedTokenizerBase:
+def _tokenizer(config: RunConfig, initial: Planned | None) -> PreTrainedTokenizerBase:
     if config.tokenizer is not None:
         return load_tokenizer(config.tokenizer)
     if config.text is not None:

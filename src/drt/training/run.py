@@ -25,7 +25,7 @@ from drt.training.callbacks import (
 )
 from drt.training.compilation import compile_layers
 from drt.training.evaluate import NeedleEvaluation, ValidationLoss
-from drt.training.folder import METRICS_FILE, check_folder
+from drt.training.folder import METRICS_FILE, check_folder, check_same_run, is_finished
 from drt.training.materials import Materials, make_materials
 from drt.training.speed import speed_meter
 from drt.training.trainer import RunTrainer
@@ -47,8 +47,8 @@ def train(
 
     Args:
         config: the run.
-        resume: go on from the newest whole checkpoint in `config.output_dir`, if there is one. The
-            number of processes may be another than before.
+        resume: go on from the newest whole checkpoint in `config.output_dir`, if there is one; a
+            run that is finished stays as it is. The number of processes may be another than before.
         overwrite: remove what an earlier run left in `config.output_dir`.
         title: what the progress bar is called.
         corpus: the haystack, when it is loaded already.
@@ -63,6 +63,12 @@ def train(
     """
     processes = PartialState(cpu=not torch.cuda.is_available())
     folder = Path(config.output_dir)
+    final, partial = folder / FINAL_FOLDER, folder / f"{FINAL_FOLDER}.partial"
+    if resume and not overwrite and is_finished(folder):
+        _in_turn(lambda: check_same_run(folder, config), lambda: None)
+        if processes.is_main_process:
+            print(f"{folder} holds a finished run: there is nothing to resume")
+        return final
 
     def prepare() -> tuple[Materials, TrainingArguments]:
         _check_processes(config, processes.num_processes)
@@ -82,10 +88,11 @@ def train(
     materials, args = _in_turn(prepare_first, prepare)
     trainer = _trainer(config, materials, args, title=title)
     checkpoint = latest_checkpoint(folder) if resume else None
+    if resume and checkpoint is None and processes.is_main_process:
+        print(f"{folder} holds no checkpoint to resume from: training begins at step 0")
     if checkpoint is not None and materials.curriculum is not None:
         materials.curriculum.load(checkpoint / PROGRESS_FILE)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    final, partial = folder / FINAL_FOLDER, folder / f"{FINAL_FOLDER}.partial"
     trainer.save_model(str(partial))
     if processes.is_main_process:
         materials.tokenizer.save_pretrained(partial)

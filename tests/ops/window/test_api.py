@@ -104,6 +104,15 @@ def test_first_keys_without_numbers_are_not_read(window: int) -> None:
     assert out.shape == (2, 6, 4, 5)
 
 
+@both
+@pytest.mark.parametrize("queries", [1, 3, 6])
+def test_a_device_without_autocast_is_served(backend: str, queries: int) -> None:
+    tensors = [x.to("meta", torch.float32) for x in inputs(queries=queries)]
+    out = sliding_window_attention(*tensors, window=3, backend=backend)
+    assert out.shape == (2, queries, 4, 5)
+    assert out.dtype == torch.float32
+
+
 def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"'flash' does not exist.*banded.*reference"):
         sliding_window_attention(*inputs(), window=2, backend="flash")

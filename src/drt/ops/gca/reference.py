@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from drt.ops.gca.order import in_order
+from drt.precision import sum_dtype
 
 
 def reference(
@@ -25,7 +26,7 @@ def reference(
     (rows, num_chunks, size, kv_heads), device = key.shape[:4], query.device
     if indices is None:
         indices = in_order(weights)
-    accumulate = torch.promote_types(query.dtype, torch.float32)
+    accumulate = sum_dtype(query)
     if key_lengths is None:
         key_lengths = indices.new_full((rows, num_chunks), size)
 

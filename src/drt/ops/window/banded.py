@@ -29,7 +29,7 @@ from drt.ops.window.plan import (
     make_plan,
     parts,
 )
-from drt.precision import sum_dtype
+from drt.precision import sum_dtype, uses_autocast
 
 _softmax_backward = torch.ops.aten._softmax_backward_data.default
 
@@ -168,7 +168,7 @@ def _is_plain_step(query: Tensor, band: Band) -> bool:
         return False
     # For one query, bfloat16 is four times as slow on CPU; autocast would choose it.
     wide = query.dtype in (torch.float32, torch.float64)
-    return wide and not torch.is_autocast_enabled(query.device.type)
+    return wide and not uses_autocast(query.device.type)
 
 
 def _attend_from_one(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from drt.precision import sum_dtype, without_autocast
+
 
 def reference_window_attention(
     query: Tensor,
@@ -18,9 +20,9 @@ def reference_window_attention(
 
     Scores and softmax are float32, or float64 for float64 inputs.
     """
-    compute = torch.float64 if query.dtype == torch.float64 else torch.float32
+    compute = sum_dtype(query)
     ratio = query.shape[2] // key.shape[2]
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device.type):
         key, value = (x.to(compute).repeat_interleave(ratio, dim=2) for x in (key, value))
         scores = scale * torch.einsum("bthd,bnhd->bhtn", query.to(compute), key)
         # (T, N) distances from each query back to each key
