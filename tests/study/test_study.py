@@ -511,6 +511,7 @@ def test_a_column_that_finds_nothing_is_an_error(study_file: Path) -> None:
     ("override", "message"),
     [
         ("columns.at 128.value=settings", "'settings' of 'test' is no number but a dict"),
+        ("curves.by length.values=rowz", "curve 'by length' finds no 'rowz' in any record"),
         ("curves.by length.values=settings", "curve 'by length': 'settings' of 'test' is no list"),
         ("curves.by length.x=lenght", "no list of points with 'lenght' and 'perplexity'"),
         ("curves.by length.y=perplexty", "no list of points with 'length' and 'perplexty'"),
@@ -518,7 +519,8 @@ def test_a_column_that_finds_nothing_is_an_error(study_file: Path) -> None:
 )
 def test_what_is_no_figure_is_an_error(study_file: Path, override: str, message: str) -> None:
     study, folder = load_study(study_file, ["seeds=[0]"]), study_file.parent / "runs"
-    run_job(study, Job("window", 0), folder)
+    for job in plan_jobs(study):
+        run_job(study, job, folder)
     wrong = load_study(study_file, ["seeds=[0]", override])
     with pytest.raises(ValueError, match=message):
         write_page(wrong, folder, study_file.parent / "page.md", command="drt study small")

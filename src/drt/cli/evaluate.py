@@ -13,7 +13,7 @@ from drt.cli.lengths import length
 NAME = "eval"
 HELP = "Measure models on a task, side by side: needles at several context lengths, and others."
 EPILOG = (
-    "Settings that are not given come from the first run's own configuration. "
+    "Settings of needles and babi that are not given come from the first run's configuration. "
     "drt eval --list-tasks shows all tasks and settings. "
     "Example: drt eval runs/demo/drt runs/demo/baseline --task multi --lengths 1024 64K"
 )

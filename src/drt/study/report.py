@@ -136,14 +136,18 @@ def _check_columns(results: Results) -> None:
                 f"{column.measurement!r}"
             )
     for title, curve in results.study.curves.items():
-        for row in results.done:
-            for record in results.records(row, curve.measurement):
-                points = find(record, curve.values)
-                if points is not None and not _are_points(points, curve):
-                    raise ValueError(
-                        f"curve {title!r}: {curve.values!r} of {curve.measurement!r} is no list of "
-                        f"points with {curve.x!r} and {curve.y!r}"
-                    )
+        records = [each for row in results.done for each in results.records(row, curve.measurement)]
+        found = [find(record, curve.values) for record in records]
+        if results.is_whole and not any(found):
+            raise ValueError(
+                f"curve {title!r} finds no {curve.values!r} in any record of {curve.measurement!r}"
+            )
+        for points in found:
+            if points is not None and not _are_points(points, curve):
+                raise ValueError(
+                    f"curve {title!r}: {curve.values!r} of {curve.measurement!r} is no list of "
+                    f"points with {curve.x!r} and {curve.y!r}"
+                )
 
 
 def _are_points(points: Any, curve: Curve) -> bool:

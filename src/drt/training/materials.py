@@ -153,6 +153,11 @@ def _tokenizer(config: RunConfig, initial: Planned | None) -> PreTrainedTokenize
         return load_tokenizer(config.tokenizer)
     if config.text is not None:
         folder = Path(config.text.corpus) / TOKENIZER_FOLDER
+        if "{" in config.text.corpus:
+            raise ValueError(
+                f"text.corpus is {config.text.corpus!r}: give text.corpus=FOLDER, which "
+                "`drt data prepare` has written, or the parameter of a study"
+            )
         if not folder.is_dir():
             # The hub would be asked for a tokenizer of that name.
             raise ValueError(
