@@ -35,8 +35,9 @@ def assert_agrees(
     baseline = case.to(dtype).results(plain, **options)
     actual = small.results(grouped_cross_attention, backend="triton", **options)
     # Scores and sums are float32, of up to a few hundred numbers each, in an order of their own; a
-    # plain computation over the few numbers of a small case may be lucky.
-    floor = 4 * torch.finfo(torch.float32).eps + torch.finfo(dtype).eps
+    # plain computation over the few numbers of a small case may be lucky. The gradient of a weight
+    # is a dot product: where its terms cancel, and it is the only one, 7 eps of it were seen.
+    floor = 16 * torch.finfo(torch.float32).eps + torch.finfo(dtype).eps
     for name, expected in truth.items():
         assert actual[name].dtype == baseline[name].dtype
         budget = floor + 3 * relative_error(baseline[name], expected)
