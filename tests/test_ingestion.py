@@ -296,12 +296,17 @@ def test_questions_are_answered_with_passages(tmp_path: Path) -> None:
         ask(model, tokenizer, tmp_path / "memory", "")
 
 
+def read_rain(model: DRTForCausalLM, folder: Path) -> None:
+    """Read a short text of a folder into a memory there."""
+    (folder / "a.txt").write_text("it rains and it rains. " * 20)
+    ingestion = Ingestion(model, byte_tokenizer(), folder / "memory")
+    ingestion.read(list_inputs([str(folder / "a.txt")]))
+    ingestion.close()
+
+
 def test_a_question_that_closes_no_chunk_is_shown_what_it_used(tmp_path: Path) -> None:
     model, tokenizer = make_model(), byte_tokenizer()
-    (tmp_path / "a.txt").write_text("it rains and it rains. " * 20)
-    ingestion = Ingestion(model, tokenizer, tmp_path / "memory")
-    ingestion.read(list_inputs([str(tmp_path / "a.txt")]))
-    ingestion.close()
+    read_rain(model, tmp_path)
 
     def asked(question: str) -> list[tuple[int, int]]:
         reply = ask(model, tokenizer, tmp_path / "memory", question, max_new_tokens=1)
@@ -319,10 +324,7 @@ def test_a_question_that_closes_no_chunk_is_shown_what_it_used(tmp_path: Path) -
 
 def test_an_answer_ends_before_the_stop_and_is_not_made_any_longer(tmp_path: Path) -> None:
     model, tokenizer = make_model(), byte_tokenizer()
-    (tmp_path / "a.txt").write_text("it rains and it rains. " * 20)
-    ingestion = Ingestion(model, tokenizer, tmp_path / "memory")
-    ingestion.read(list_inputs([str(tmp_path / "a.txt")]))
-    ingestion.close()
+    read_rain(model, tmp_path)
     steps: list[int] = []
     model.model.embed_tokens.register_forward_hook(lambda _m, ids, _o: steps.append(ids[0].numel()))
 

@@ -21,8 +21,6 @@ from drt.baselines import AblationForCausalLM
 from drt.configuration import DRTConfig
 from drt.unknown_keys import refuse_unknown
 
-DEFAULT_TYPE = DRTConfig.model_type
-
 
 def make_config(
     model: Mapping[str, Any],
@@ -44,14 +42,15 @@ def make_config(
             or a vocabulary smaller than the tokenizer's.
     """
     given = dict(model)
-    default = DEFAULT_TYPE if initial is None else initial.model_type
+    default = DRTConfig.model_type if initial is None else initial.model_type
     kind = given.pop("model_type", default)
     if initial is not None and kind != initial.model_type:
         raise ValueError(
             f"model_type {kind} cannot go on from an initial model of type {initial.model_type}"
         )
     config_class = _config_class(kind)
-    check_fields(given, default=kind)
+    # Configurations of transformers take any key and keep it: a typing error would go unseen.
+    refuse_unknown(given, known_fields(kind), f"unknown key model.{{key}} of a {kind} model")
     if initial is None:
         given = {**_of_tokenizer(tokenizer), **given}
         config = _made(config_class, given)
@@ -67,23 +66,6 @@ def make_config(
             f"model.vocab_size {size} is smaller than the tokenizer's {len(tokenizer)} entries"
         )
     return config
-
-
-def check_fields(model: Mapping[str, Any], *, default: str = DEFAULT_TYPE) -> None:
-    """Refuse fields that the configuration of a model has not.
-
-    Configurations of transformers take any key and keep it: a typing error would go unseen.
-
-    Args:
-        model: as in `make_config`.
-        default: the kind of model, where there is no `model_type`.
-
-    Raises:
-        ValueError: an unknown kind or field.
-    """
-    kind = model.get("model_type", default)
-    given = [key for key in model if key != "model_type"]
-    refuse_unknown(given, known_fields(kind), f"unknown key model.{{key}} of a {kind} model")
 
 
 def attach_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -61,20 +61,17 @@ def check_state(state: Any, columns: Tensor) -> None:
 
 def check_labels(
     labels: Tensor | None,
+    columns: Tensor,
     logits_to_keep: int | Tensor,
     *,
     output_token_losses: bool,
-    columns: Tensor | None = None,
 ) -> None:
-    """Refuse losses without labels, and labels without the logits that predict them.
-
-    Where the (B, T) columns are given, labels of another shape are refused too.
-    """
+    """Refuse losses without labels, and labels of another shape or without their logits."""
     if labels is None and output_token_losses:
         raise ValueError("output_token_losses=True needs labels")
     if labels is not None and (isinstance(logits_to_keep, Tensor) or logits_to_keep):
         raise ValueError(f"labels need all logits, got logits_to_keep = {logits_to_keep}")
-    if labels is not None and columns is not None and labels.shape != columns.shape[:2]:
+    if labels is not None and labels.shape != columns.shape[:2]:
         raise ValueError(
             f"labels must be (B, T) = {tuple(columns.shape[:2])}, got {tuple(labels.shape)}"
         )

@@ -409,9 +409,7 @@ class DRTForCausalLM(
         """
         extra = loss_kwargs(kwargs)
         columns = check_columns(input_ids, inputs_embeds, hidden_size=self.config.hidden_size)
-        check_labels(
-            labels, logits_to_keep, output_token_losses=output_token_losses, columns=columns
-        )
+        check_labels(labels, columns, logits_to_keep, output_token_losses=output_token_losses)
         state = past_key_values
         check_trains_without(state, self, use_cache=use_cache)
         if state is None and use_cache:

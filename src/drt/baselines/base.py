@@ -198,7 +198,7 @@ class BaselineForCausalLM(LanguageModelHeadMixin, BaselinePreTrainedModel, Gener
                 read, an unknown argument, or a state in training mode with gradients.
         """
         extra = loss_kwargs(kwargs)
-        check_labels(labels, logits_to_keep, output_token_losses=output_token_losses)
+        check_labels(labels, input_ids, logits_to_keep, output_token_losses=output_token_losses)
         state = past_key_values
         check_trains_without(state, self, use_cache=use_cache)
         if state is None and use_cache:

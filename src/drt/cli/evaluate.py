@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Evaluate and print a table for each task."""
-    from drt.evaluation.tasks import describe_tasks, for_models
+    from drt.evaluation.tasks import check_data, describe_tasks, for_models
 
     if options.list_tasks:
         print(describe_tasks())
@@ -70,8 +70,7 @@ def run(options: argparse.Namespace) -> None:
     _check_files(options.json, options.figure)
     _check_figure(options.figure, tasks)
     for task in tasks.values():
-        if hasattr(task, "check_data"):
-            task.check_data()
+        check_data(task)
     records: dict[str, dict[str, Any]] = {}
     try:
         _evaluate(tasks, models, records, options.json)

@@ -112,14 +112,14 @@ class SummarizationTask(SummarySource):
         )
         started = time.perf_counter()
         written: dict[int, WrittenSummary] = {}
+        scores = np.empty((len(examples), len(ROUGE)))
         with checkpoint.autocast():
             for number, summary in self._write(checkpoint.model, written_as, prompts, title):
                 written[number] = summary
+                (scores[number],) = self._scores(rouge, [examples[number]], [summary.text])
                 if file is not None:
-                    (score,) = self._scores(rouge, [examples[number]], [summary.text])
-                    _append_text(file, examples[number], summary, score)
+                    _append_text(file, examples[number], summary, scores[number])
         seconds = time.perf_counter() - started
-        scores = self._scores(rouge, examples, [written[n].text for n in range(len(written))])
         leads = [lead(example.document, self.lead_sentences) for example in examples]
         return {
             **self._figures(examples, scores),

@@ -87,6 +87,12 @@ def make_task(name: str, *settings: Mapping[str, Any]) -> EvaluationTask:
         raise ValueError(f"task {name}: {error}") from error
 
 
+def check_data(task: Any) -> None:
+    """Raise the ValueError, or ImportError, of a task that reads what is not there."""
+    if hasattr(task, "check_data"):
+        task.check_data()
+
+
 def parse_settings(words: Iterable[str]) -> dict[str, Any]:
     """Settings from "key=value" words: dotted keys reach into mappings, values are YAML.
 

@@ -20,7 +20,8 @@ from accelerate.utils import broadcast_object_list
 
 from drt import hardware
 from drt.checkpoints import load_checkpoint
-from drt.evaluation.needles import DEFAULT_CHUNK_SIZE
+from drt.evaluation import tasks
+from drt.evaluation.needles import DEFAULT_CHUNK_SIZE, common_chunk_size
 from drt.evaluation.tasks import make_task
 from drt.memory.files import write_whole
 from drt.run_config import CONFIG_FILE, FINAL_FOLDER, RunConfig, load_config, read_mapping
@@ -101,14 +102,20 @@ def check_jobs(study: StudyConfig, folder: Path) -> None:
     _check_same_tokens(study)
     checked: list[Any] = []
     planned: dict[str, Planned | None] = {}
+    chunk_sizes: dict[str, int] = {}
     for row in study.trained:
         for measurement in study.measurements_of(row).values():
             if measurement not in checked:
-                _check_measurement(measurement)
+                tasks.check_data(make_task(measurement.task, measurement.settings))
                 checked.append(measurement)
         try:
             config = run_config(study, base, row, study.seeds[0], folder)
             plan = _plan(study, base, row, planned)
+            chunk_sizes[row] = (
+                common_chunk_size([plan.model_config])
+                if plan
+                else config.model.get("chunk_size", DEFAULT_CHUNK_SIZE)
+            )
             # Rows of a study mostly share their data.
             data = (config.text, config.summaries, config.training, config.tokenizer)
             of_needles = (config.stages, config.chunk_size, config.model.get("chunk_size"))
@@ -118,7 +125,7 @@ def check_jobs(study: StudyConfig, folder: Path) -> None:
                 checked.append(data)
         except ValueError as error:
             raise ValueError(f"row {row!r}: {error}") from error
-    _check_same_questions(study, base, folder)
+    _check_same_questions(study, {chunk_sizes[row] for row in study.rows})
     for job in plan_jobs(study):
         check_configuration(study, base, job, folder)
 
@@ -150,9 +157,8 @@ def _check_same_tokens(study: StudyConfig) -> None:
                 )
 
 
-def _check_same_questions(study: StudyConfig, base: dict[str, Any], folder: Path) -> None:
-    """Refuse questions that would end elsewhere for some rows, whose chunks are of another size."""
-    sizes = {_chunk_size(study, base, row, folder) for row in study.rows}
+def _check_same_questions(study: StudyConfig, sizes: set[int]) -> None:
+    """Refuse questions that would end elsewhere for some rows, whose chunks are of these sizes."""
     for row in study.rows if len(sizes) > 1 else ():
         for name, measurement in study.measurements_of(row).items():
             task = make_task(measurement.task, measurement.settings)
@@ -161,21 +167,6 @@ def _check_same_questions(study: StudyConfig, base: dict[str, Any], folder: Path
                     f"{name!r} has no chunk_size, and rows have chunks of {sorted(sizes)} tokens: "
                     "their questions would end elsewhere"
                 )
-
-
-def _chunk_size(study: StudyConfig, base: dict[str, Any], row: str, folder: Path) -> int:
-    """At multiples of what a row's questions end where a task does not say."""
-    model = run_config(study, base, row, study.seeds[0], folder).model
-    source = study.initial_row(row)
-    if "chunk_size" in model or source is None:
-        return model.get("chunk_size", DEFAULT_CHUNK_SIZE)
-    return _chunk_size(study, base, source, folder)
-
-
-def _check_measurement(measurement: Measurement) -> None:
-    task: Any = make_task(measurement.task, measurement.settings)
-    if hasattr(task, "check_data"):
-        task.check_data()
 
 
 def check_configuration(
