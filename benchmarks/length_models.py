@@ -20,10 +20,10 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from drt import DRTConfig, DRTForCausalLM
-from drt.cli.configs import find_config
 from drt.memory import DeviceMemory, DiskMemory, HostMemory
 from drt.memory.base import InferenceMemory
 from drt.run_config import load_config
+from drt.shipped import find_config
 
 # A bare DynamicCache of a float32 model warns of nothing that matters here.
 transformers.logging.set_verbosity_error()

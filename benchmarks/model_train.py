@@ -13,10 +13,10 @@ from torch import Tensor
 import devices
 from common import print_table, ratio
 from drt import DRTConfig, DRTForCausalLM
-from drt.cli.configs import find_config
 from drt.ops.gca import api
 from drt.precision import autocast, uses_bfloat16
 from drt.run_config import load_config
+from drt.shipped import find_config
 from length_models import num_parameters, random_bytes
 
 BASELINE = "sliding window"

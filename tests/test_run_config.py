@@ -64,6 +64,15 @@ def test_extends_merges_mappings_and_replaces_the_rest(tmp_path: Path) -> None:
     assert config == replace(below, seed=3, training=replace(below.training, num_steps=9))
 
 
+def test_shipped_configurations_are_extended_by_their_names(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("extends: ladder-1m\nseed: 3")
+    assert load_config(file) == replace(load_config(CONFIGS / "ladder-1m.yaml"), seed=3)
+    # What lies beside the file comes first.
+    (tmp_path / "ladder-1m").write_text(DEMO.read_text())
+    assert load_config(file) == replace(load_config(DEMO), seed=3)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

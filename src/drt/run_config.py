@@ -16,6 +16,7 @@ from drt.data.prepared.rows import Documents
 from drt.data.summaries import SummaryData
 from drt.memory.files import write_whole
 from drt.precision import Precision
+from drt.shipped import shipped_file
 from drt.unknown_keys import did_you_mean
 
 CONFIG_FILE = "run.yaml"
@@ -297,8 +298,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     """Read a run configuration.
 
     Args:
-        path: a YAML file; its `extends` key may name another, beside it, to change parts of, or
-            several, of which later ones change parts of earlier ones.
+        path: a YAML file; its `extends` key may name another, as `read_mapping` finds it, to change
+            parts of, or several, of which later ones change parts of earlier ones.
         overrides: "dotted.key=value" strings, the value in YAML; list items by number.
 
     Raises:
@@ -313,6 +314,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 
 def read_mapping(path: Path, *, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A YAML mapping, laid over the one, or the list of them, that its `extends` key names.
+
+    These are files where the mapping's own folder is, or else shipped runs or studies.
 
     Args:
         path: the file.
@@ -338,8 +341,14 @@ def read_mapping(path: Path, *, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     for name in names if isinstance(names, list) else [names]:
         if not isinstance(name, str):
             raise ValueError(f"{path}: extends must name files, got {name!r}")
-        below = overlay(below, read_mapping(path.parent / name, above=chain))
+        below = overlay(below, read_mapping(_find_extended(name, path.parent), above=chain))
     return overlay(below, data)
+
+
+def _find_extended(name: str, folder: Path) -> Path:
+    beside = folder / name
+    places = (beside, shipped_file(name), shipped_file(name, folder="studies"))
+    return next((place for place in places if place.is_file()), beside)
 
 
 def overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """`drt data`, as it is typed."""
 
 import json
+import lzma
 import os
 import signal
 import subprocess
@@ -88,6 +89,26 @@ def test_a_tokenizer_is_trained_and_used(
     assert split.num_tokens < split.manifest.total("bytes") / 2
     assert main(train) == 2
     assert "is there already" in capsys.readouterr().err
+
+
+def test_what_a_folder_holds_beside_text_is_named_and_never_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "A.TXT").write_text("it rains. ")
+    (mine / "rows.JSONL.XZ").write_bytes(lzma.compress(b'{"text": "and rains"}'))
+    for name in ("a.pdf", "b.pdf", "notes", ".hidden"):
+        (mine / name).write_text("no text")
+    command = ["data", "prepare", "--from", str(mine), "--tokenizer", "bytes"]
+    # Its own output below what is read is no text either, now or when it goes on.
+    out = str(mine / "tokens")
+    assert main([*command, "--out", out]) == 0
+    assert "left out are 2 .pdf, 1 notes: read are .txt" in capsys.readouterr().out
+    assert main([*command, "--out", out]) == 0
+    assert PreparedSplit(mine / "tokens" / "train").num_tokens == 19
+    assert main(["data", "prepare", "--from", out, "--out", str(tmp_path / "new")]) == 2
+    assert "tokens: it holds what drt has made of text" in capsys.readouterr().err
 
 
 def test_a_tokenizer_is_trained_on_the_training_text_alone(books: Path, tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_a_memory_below_the_folder_that_is_read_is_no_text(
         assert main(["read", checkpoint, str(folder), "--memory", str(memory)]) == 0
     assert "sources.jsonl" not in capsys.readouterr().out
     assert main(["read", checkpoint, str(memory), "--memory", str(memory)]) == 2
-    assert "no text to be read but what is in" in capsys.readouterr().err
+    assert "it holds what drt has made of text" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "chunks.bin", "sources.jsonl"])

@@ -237,9 +237,13 @@ def test_a_run_that_fails_is_named_and_others_go_on(
     folder, page = study_file.parent / "runs", study_file.parent / "page.md"
     (folder / "wrong" / "seed-0").mkdir(parents=True)
     (folder / "wrong" / "seed-0" / "letters.txt").write_text("not a run")
-    words = ["study", str(study_file), "seeds=[0]", "--output", str(folder), "--page", str(page)]
-    assert main(words) == 2
-    assert "1 runs failed: wrong 0, exit status 2" in capsys.readouterr().err
+    late = "columns.late={measurement: test, value: rowz.0}"
+    words = ["study", str(study_file), late, "seeds=[0]"]
+    assert main([*words, "--output", str(folder), "--page", str(page)]) == 2
+    said = capsys.readouterr()
+    assert "1 runs failed: wrong 0, exit status 2" in said.err
+    # Before all is trained.
+    assert "note: column 'late' finds no 'rowz.0' in any record of 'test', but task, " in said.out
     log = (folder / "wrong" / "seed-0-log.txt").read_text()
     assert "is not empty and holds no run of this program" in log
     assert "| window |" in page.read_text()
@@ -316,6 +320,18 @@ def test_parameters_are_texts(study_file: Path) -> None:
             load_study(study_file, [])
     study_file.write_text(yaml.safe_dump({**data, "parameters": None}))
     assert load_study(study_file, []).parameters == {}
+
+
+def test_a_study_of_ones_own_begins_with_a_shipped_one(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("extends: ablations-1m\nseeds: [7]\n")
+    shipped = Path(__file__).parents[2] / "configs"
+    study = load_study(file, [])
+    assert study == replace(load_study(shipped / "studies" / "ablations-1m.yaml", []), seeds=[7])
+    assert Path(study.base) == shipped / "ladder-1m.yaml"
+    file.write_text("extends: ablations-1m\nbase: ladder-1n\n")
+    with pytest.raises(ValueError, match=r"base, .*: no configuration file ladder-1n; shipped"):
+        load_study(file, [])
 
 
 def test_a_folder_that_the_shell_completed_is_the_same(study_file: Path) -> None:
@@ -498,7 +514,9 @@ def test_a_column_that_finds_nothing_is_an_error(study_file: Path) -> None:
     for job in plan_jobs(study):
         run_job(study, job, folder)
     wrong = "columns.at 128.value=rows.length=256.perplexity"
-    with pytest.raises(ValueError, match=r"column 'at 128' finds no 'rows.length=256.perplexity'"):
+    with pytest.raises(
+        ValueError, match=r"'at 128' finds no .* but a list of 2: length=32, length=128"
+    ):
         write_page(
             load_study(study_file, [*overrides, wrong]),
             folder,

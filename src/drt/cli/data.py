@@ -87,12 +87,15 @@ def run(options: argparse.Namespace) -> None:
 
 def _prepare(options: argparse.Namespace) -> None:
     from drt.data.prepared import find_sources, prepare
+    from drt.data.reading import left_out
     from drt.data.tokenization import is_byte_tokenizer, load_tokenizer
     from drt.hardware import usable_cores
 
     config = _config(options)
     # What is quick to fail comes before what is downloaded.
     sources = None if config.hub else find_sources(config, options.paths)
+    if note := left_out(options.paths):
+        print(note)
     tokenizer = load_tokenizer(config.tokenizer)
     sources = sources or find_sources(config, options.paths)
     # Bytes are copied sooner than they are sent to another process.
@@ -112,9 +115,9 @@ def _prepare(options: argparse.Namespace) -> None:
 def _config(options: argparse.Namespace) -> Any:
     import yaml
 
-    from drt.cli.configs import find_config
     from drt.data.prepared import CorpusConfig
     from drt.run_config import build
+    from drt.shipped import find_config
 
     is_file = Path(options.preset).is_file()
     path = find_config(options.preset if is_file else f"data/{options.preset}")
@@ -210,9 +213,12 @@ def _verify(options: argparse.Namespace) -> None:
 def _tokenizer(options: argparse.Namespace) -> None:
     from drt.data.bpe import check_new_folder, train_bpe
     from drt.data.prepared.sources import FileSource, find_splits
+    from drt.data.reading import left_out
 
     check_new_folder(options.out)
     splits = find_splits(options.paths)
+    if note := left_out(options.paths):
+        print(note)
     split = next(iter(splits)) if len(splits) == 1 else "train"
     if split not in splits:
         raise ValueError(f"there are the splits {sorted(splits)} and none to train on: give one")

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from drt.cli.configs import find_config
 from drt.cli.lengths import length
+from drt.shipped import find_config
 
 NAME = "demo"
 HELP = "Train a DRT and a sliding-window model, and ask both in contexts of up to a million tokens."

@@ -37,9 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Read, show how far it is, and say what is there now."""
+    from drt.data.reading import left_out
     from drt.data.streaming import list_inputs
 
     inputs = _outside(options.memory, list_inputs(options.files))
+    if note := left_out(Path(file) for file in options.files):
+        print(note)
     checkpoint = load_drt(options.checkpoint)
     ingestion = _open(checkpoint, options)
     try:

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from drt.cli.configs import find_config
+from drt.shipped import find_config
 
 NAME = "study"
 HELP = "Train and measure all models of a table, and write its page."
@@ -74,12 +74,13 @@ def run(options: argparse.Namespace) -> None:
 def _run_all(study: Any, folder: Path, options: argparse.Namespace) -> list[str]:
     """Run what is left; which runs failed."""
     from drt.study.jobs import check_jobs, plan_jobs, run_all
+    from drt.study.report import Results, find_nothing
 
     for name in ("workers", "processes"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
     check_jobs(study, folder)
-    failed = []
+    failed, notes = [], []
     print(f"{len(plan_jobs(study))} runs in {folder}, what they say in <row>/seed-<n>-log.txt")
     for job, seconds, status in run_all(
         study,
@@ -91,6 +92,10 @@ def _run_all(study: Any, folder: Path, options: argparse.Namespace) -> list[str]
         print(f"{job.row}, seed {job.seed}: {'done' if status == 0 else 'failed'}, {seconds:.0f} s")
         if status:
             failed.append(f"{job.row} {job.seed}, exit status {status}")
+        elif not notes:
+            # Said as soon as there is a record: the page comes when all is trained.
+            notes = find_nothing(Results(study, folder))
+            print(*(f"note: {each}" for each in notes), sep="\n", end="\n" if notes else "")
     return failed
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from drt.cli.configs import find_config
+from drt.shipped import find_config
 
 NAME = "train"
 HELP = "Train a model from a YAML configuration."

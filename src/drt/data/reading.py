@@ -8,7 +8,7 @@ import lzma
 import os
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -17,6 +17,7 @@ XZ_SUFFIX = ".xz"
 ROWS_SUFFIX = ".jsonl"
 JSON_SUFFIX = ".json"
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".tex", ".py", ".c", ".h", ".cpp", ".js", ".rs", ".go")
+READABLE = f"read are {' '.join((*TEXT_SUFFIXES, ROWS_SUFFIX))}, each also with {XZ_SUFFIX}"
 
 # Few large files share a budget evenly; of many files the first are read whole instead.
 MIN_FILE_SHARE = 2**20
@@ -79,9 +80,24 @@ def list_text_files(path: Path) -> list[Path]:
     return [path]
 
 
+def left_out(paths: Iterable[Path]) -> str:
+    """Which files of folders `list_text_files` leaves out, as a sentence; "" where there are none.
+
+    Hidden files are not among them.
+    """
+    names = (name for path in paths if path.is_dir() for name in _visible_files(path))
+    counts = _by_suffix(name for name in names if not _is_readable(name))
+    return f"left out are {counts}: {READABLE}" if counts else ""
+
+
 def is_rows(path: Path) -> bool:
     """Whether the name is that of JSON lines, packed or not."""
-    return path.name.removesuffix(XZ_SUFFIX).endswith(ROWS_SUFFIX)
+    return _unpacked_name(path).endswith(ROWS_SUFFIX)
+
+
+def is_packed(path: Path) -> bool:
+    """Whether the name is that of a file packed with xz."""
+    return path.suffix.lower() == XZ_SUFFIX
 
 
 def check_is_text(path: Path) -> None:
@@ -90,7 +106,7 @@ def check_is_text(path: Path) -> None:
     Raises:
         ValueError: it is called .json.
     """
-    if path.name.removesuffix(XZ_SUFFIX).endswith(JSON_SUFFIX):
+    if _unpacked_name(path).endswith(JSON_SUFFIX):
         raise ValueError(
             f"{path} is neither text nor rows: rows are read from {ROWS_SUFFIX}, an object a line"
         )
@@ -145,20 +161,33 @@ def _is_skipped(name: str) -> bool:
 
 
 def _text_files(folder: Path) -> list[str]:
-    names = [path.relative_to(folder) for path in _files_below(folder)]
-    found = [
-        name.as_posix()
-        for name in names
-        if not any(part.startswith(".") for part in name.parts)
-        and name.as_posix().removesuffix(XZ_SUFFIX).endswith((*TEXT_SUFFIXES, ROWS_SUFFIX))
-    ]
+    found = [name.as_posix() for name in _visible_files(folder) if _is_readable(name)]
     if not found:
         raise ValueError(_nothing_readable(folder))
     return found
 
 
+def _visible_files(folder: Path) -> list[Path]:
+    names = [path.relative_to(folder) for path in _files_below(folder)]
+    return [name for name in names if not any(part.startswith(".") for part in name.parts)]
+
+
+def _is_readable(name: Path) -> bool:
+    return _unpacked_name(name).endswith((*TEXT_SUFFIXES, ROWS_SUFFIX))
+
+
+def _unpacked_name(path: Path) -> str:
+    """The name in lower case, without what says that the file is packed."""
+    return path.name.lower().removesuffix(XZ_SUFFIX)
+
+
 def _files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """The files of a folder and of those in it, linked ones too; none is gone through in itself."""
+    """The files of a folder and of those in it, linked ones too; none is gone through in itself.
+
+    What DRT has written itself is left out: its rows are no text.
+    """
+    if is_own(folder):
+        return
     inside = (*above, folder.resolve())
     for path in folder.iterdir():
         if path.is_file():
@@ -167,11 +196,31 @@ def _files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
             yield from _files_below(path, inside)
 
 
+def is_own(folder: Path) -> bool:
+    """Whether a folder holds a split of prepared tokens, or a memory."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and str(manifest.get("format")).startswith("drt-")
+
+
 def _nothing_readable(folder: Path) -> str:
-    found = Counter(path.suffix or path.name for path in _files_below(folder))
-    kinds = ", ".join(f"{count} {suffix}" for suffix, count in found.most_common(5)) or "no files"
-    readable = " ".join((*TEXT_SUFFIXES, ROWS_SUFFIX))
-    return f"no text in {folder}: found {kinds}; read are {readable}, each also with {XZ_SUFFIX}"
+    if is_own(folder) or any(is_own(path) for path in folder.iterdir() if path.is_dir()):
+        return (
+            f"no text in {folder}: it holds what drt has made of text, prepared tokens or a "
+            "memory; give the text itself"
+        )
+    found = _by_suffix(_files_below(folder)) or "no files"
+    return f"no text in {folder}: found {found}; {READABLE}"
+
+
+def _by_suffix(files: Iterable[Path]) -> str:
+    """How many files of which kinds: "3 .pdf, 1 .doc", the most frequent ones."""
+    counts = Counter(path.suffix or path.name for path in files).most_common()
+    shown = ", ".join(f"{count:,} {suffix}" for suffix, count in counts[:5])
+    others = sum(count for _, count in counts[5:])
+    return f"{shown} and {others:,} others" if others else shown
 
 
 def _read_files(folder: Path, names: list[str], *, max_bytes: int) -> list[TextDocument]:
@@ -200,7 +249,7 @@ def _read_file(path: Path, *, name: str, max_bytes: int) -> Iterator[TextDocumen
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
     """A file's bytes, unpacked where they are packed; a packed file that is cut is named."""
-    with lzma.open(path) if path.suffix == XZ_SUFFIX else path.open("rb") as opened:
+    with lzma.open(path) if is_packed(path) else path.open("rb") as opened:
         try:
             yield cast(BinaryIO, opened)
         except (lzma.LZMAError, EOFError) as error:

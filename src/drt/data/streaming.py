@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from drt.data.reading import XZ_SUFFIX, is_rows, list_text_files, text_of
+from drt.data.reading import is_packed, is_rows, list_text_files, text_of
 
 STDIN = "-"
 PIECE_BYTES = 1 << 20
@@ -89,7 +89,7 @@ class InputStream:
             ValueError: bytes that are not UTF-8, a row without text, or a broken xz file.
         """
         name = self.item.name
-        stream = lzma.LZMAFile(self._raw) if name.endswith(XZ_SUFFIX) else self._raw  # noqa: SIM115
+        stream = lzma.LZMAFile(self._raw) if is_packed(Path(name)) else self._raw  # noqa: SIM115
         try:
             if is_rows(Path(name)):
                 yield from self._rows(cast(BinaryIO, stream))

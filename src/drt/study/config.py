@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from drt.run_config import RunConfig, apply_override, build, overlay, read_mapping
+from drt.shipped import find_config
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ class StudyConfig:
     title: str
     """The title of the page."""
     base: str
-    """The run configuration that rows change: a file beside this one or one folder up."""
+    """The run configuration that rows change: a file beside this one or one folder up, or the name
+    of a shipped one."""
     rows: dict[str, dict[str, Any]]
     """By name, what each row changes of the base; `initial: {row: NAME}` begins with another row.
     With another model_type, the fields that both kinds have carry over."""
@@ -164,8 +166,8 @@ def load_study(path: Path, overrides: list[str]) -> StudyConfig:
     """Read a study.
 
     Args:
-        path: a YAML file; `extends` may name another, beside it, to change parts of, or several, of
-            which later ones change parts of earlier ones.
+        path: a YAML file; `extends` may name another, as `read_mapping` finds it, to change parts
+            of, or several, of which later ones change parts of earlier ones.
         overrides: "name=value" of parameters, and "dotted.key=value" of anything else.
 
     Raises:
@@ -191,13 +193,14 @@ def load_study(path: Path, overrides: list[str]) -> StudyConfig:
 
 
 def _find_base(name: str, folder: Path) -> Path:
-    """A run configuration beside a study, or one folder up, where the shipped ones are."""
+    """A run configuration beside a study or one folder up, or a shipped one."""
     folder = folder.resolve()
     places = [where / each for where in (folder, folder.parent) for each in (name, f"{name}.yaml")]
     found = next((place for place in places if place.is_file()), None)
-    if found is None:
-        raise ValueError(f"there is no run configuration {name!r} in {folder} or {folder.parent}")
-    return found
+    try:
+        return found or find_config(name)
+    except ValueError as error:
+        raise ValueError(f"base, also sought in {folder} and {folder.parent}: {error}") from error
 
 
 def run_config(

@@ -125,24 +125,45 @@ def write_page(study: StudyConfig, folder: Path, page: Path, *, command: str) ->
     page.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
 
 
+def find_nothing(results: Results) -> list[str]:
+    """Columns and pictures that find nothing in any record so far, each with what is there."""
+    study = results.study
+    shown = [(f"column {title!r}", each, each.value) for title, each in study.columns.items()]
+    shown += [(f"curve {title!r}", each, each.values) for title, each in study.curves.items()]
+    problems = []
+    for name, each, path in shown:
+        records = [r for row in results.done for r in results.records(row, each.measurement)]
+        if records and all(find(record, path) in (None, []) for record in records):
+            problems.append(
+                f"{name} finds no {path!r} in any record of {each.measurement!r}, but "
+                f"{_what_is_there(records[0], path)}"
+            )
+    return problems
+
+
+def _what_is_there(record: Any, path: str) -> str:
+    """The keys of a record, or those of a list's items, where a path leads out of it."""
+    for name in path.split("."):
+        if not isinstance(below := find(record, name), dict | list):
+            break
+        record = below
+    if isinstance(record, dict):
+        return ", ".join(record)
+    key = name.partition("=")[0]
+    items = [item for item in record if isinstance(item, dict)]
+    named = [f"{key}={item[key]}" for item in items if key in item]
+    return f"a list of {len(record)}: {', '.join(named or (items[0] if items else []))}"
+
+
 def _check_columns(results: Results) -> None:
     """Refuse what would be a table of nothing."""
     if not any(results.done.values()):
         raise ValueError(f"no run of this study is done in {results.folder}")
-    for title, column in results.study.columns.items():
-        if results.is_whole and not any(_values(results, row, column) for row in results.done):
-            raise ValueError(
-                f"column {title!r} finds no {column.value!r} in any record of "
-                f"{column.measurement!r}"
-            )
+    if results.is_whole and (problems := find_nothing(results)):
+        raise ValueError("; ".join(problems))
     for title, curve in results.study.curves.items():
         records = [each for row in results.done for each in results.records(row, curve.measurement)]
-        found = [find(record, curve.values) for record in records]
-        if results.is_whole and not any(found):
-            raise ValueError(
-                f"curve {title!r} finds no {curve.values!r} in any record of {curve.measurement!r}"
-            )
-        for points in found:
+        for points in (find(record, curve.values) for record in records):
             if points is not None and not _are_points(points, curve):
                 raise ValueError(
                     f"curve {title!r}: {curve.values!r} of {curve.measurement!r} is no list of "

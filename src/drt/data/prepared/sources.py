@@ -11,7 +11,14 @@ from typing import Any, BinaryIO, Protocol, cast
 
 from drt.data.prepared.format import Position
 from drt.data.prepared.pieces import Piece, cut_pieces
-from drt.data.reading import ROWS_SUFFIX, XZ_SUFFIX, is_rows, list_text_files, text_of
+from drt.data.reading import (
+    ROWS_SUFFIX,
+    XZ_SUFFIX,
+    is_packed,
+    is_rows,
+    list_text_files,
+    text_of,
+)
 from drt.data.streaming import InputStream, TextInput
 
 START = Position(0, 0)
@@ -99,7 +106,7 @@ class FileSource:
     def _rows(self, name: str, path: Path, number: int, skipped: int) -> Iterator[Piece]:
         before = self.done
         with path.open("rb") as raw:
-            lines = cast(BinaryIO, lzma.LZMAFile(raw) if path.suffix == XZ_SUFFIX else raw)  # noqa: SIM115
+            lines = cast(BinaryIO, lzma.LZMAFile(raw) if is_packed(path) else raw)  # noqa: SIM115
             try:
                 for row, line in enumerate(lines):
                     self.done = before + raw.tell()
@@ -213,7 +220,7 @@ def find_splits(
     for name, path in found:
         # The path itself may be a split's folder, or else what is directly inside it.
         top = path if path in paths else path.parents[name.count("/")]
-        words = (top.name.partition(".")[0], name.partition("/")[0].partition(".")[0])
+        words = [part.partition(".")[0].lower() for part in (top.name, name.partition("/")[0])]
         named = list(dict.fromkeys(SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES))
         if len(named) > 1:
             raise ValueError(

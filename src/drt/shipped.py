@@ -1,4 +1,4 @@
-"""Where the shipped run configurations are."""
+"""The shipped configurations: of runs, of studies, and of corpora."""
 
 from __future__ import annotations
 
@@ -20,11 +20,16 @@ def find_config(name: str, *, folder: str = "") -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    shipped = _folder() / folder / f"{name.removesuffix('.yaml')}.yaml"
+    shipped = shipped_file(name, folder=folder)
     if shipped.is_file():
         return shipped
     names = ", ".join(sorted(file.stem for file in shipped.parent.glob("*.yaml")))
     raise ValueError(f"no configuration file {name}; shipped ones: {names}")
+
+
+def shipped_file(name: str, *, folder: str = "") -> Path:
+    """Where the shipped configuration of a name would be, with or without .yaml."""
+    return _folder() / folder / f"{name.removesuffix('.yaml')}.yaml"
 
 
 def _folder() -> Path:
