@@ -74,8 +74,11 @@ def ask(
         stop: the answer ends before this text.
 
     Raises:
-        ValueError: an empty question, or a folder that is no memory of this model and tokenizer.
+        ValueError: an empty question, an answer of no token, or a folder that is no memory of this
+            model and tokenizer.
     """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     ids = torch.from_numpy(encode(tokenizer, question))[None].to(model.device)
     if not ids.shape[1]:
         raise ValueError("the question is empty")

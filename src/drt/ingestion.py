@@ -120,7 +120,8 @@ class Ingestion:
         model: what reads, in evaluation mode.
         tokenizer: its tokenizer, a fast one.
         folder: where the memory is, or will be.
-        dtype: storage dtype of a new memory's keys and values; None = as computed.
+        dtype: storage dtype of keys and values if the folder has no chunks yet; None = as it was
+            begun with, or as computed.
         segment_size: tokens of one forward.
         commit_seconds: how long a kill may throw a reading back.
 

@@ -125,6 +125,13 @@ def test_a_memory_is_shown_verified_and_exported(
     records.write_bytes(data)
     assert main(["memory", "verify", memory]) == 2
     assert records.name in capsys.readouterr().err
+    # Byte 5,000 is in a chunk from which on none is left; what was read goes with all 80.
+    assert main(["memory", "repair", memory]) == 2
+    said = capsys.readouterr()
+    with DiskMemory.open(memory) as left:
+        assert 0 < len(left) < 80
+        assert f"{len(left)} chunks are intact and left" in said.out
+        assert f"holds {len(left)} chunks, its state goes with 80" in said.err
 
 
 @pytest.mark.parametrize(

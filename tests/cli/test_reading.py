@@ -1,7 +1,10 @@
 """`drt read`, `ask`, `generate` and `memory` when something is wrong."""
 
+import io
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -48,7 +51,7 @@ def test_what_was_read_is_not_read_again(
 
 
 def test_a_memory_of_nothing_is_asked_by_any_number_and_keeps_its_dtype(
-    tmp_path: Path, texts: list[str], checkpoint: str
+    tmp_path: Path, texts: list[str], checkpoint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty.txt").touch()
     memory = tmp_path / "memory"
@@ -59,8 +62,17 @@ def test_a_memory_of_nothing_is_asked_by_any_number_and_keeps_its_dtype(
         fcntl.flock(lock, fcntl.LOCK_EX)
         asked = ["ask", checkpoint, "What? ", "--memory", str(memory), "--max-new-tokens", "1"]
         assert main(asked) == 0
+    capsys.readouterr()
+    for action in ("info", "verify"):
+        assert main(["memory", action, str(memory)]) == 0
+        assert "no chunk is full yet" in capsys.readouterr().out
+    kept = tmp_path / "kept"
+    for dtype, text in (("int8", tmp_path / "empty.txt"), (None, texts[0])):
+        given = ["--dtype", dtype] if dtype else []
+        assert main(["read", checkpoint, str(text), "--memory", str(kept), *given]) == 0
     assert main(["read", checkpoint, texts[0], "--memory", str(memory), "--dtype", "int8"]) == 0
-    assert '"dtype": "int8"' in (memory / "manifest.json").read_text()
+    for folder in (memory, kept):
+        assert '"dtype": "int8"' in (folder / "manifest.json").read_text()
 
 
 def test_an_answer_from_an_unfinished_memory_says_that_it_is_not_exact(
@@ -148,6 +160,8 @@ def test_a_model_smaller_than_its_tokenizer_and_cut_weights(tmp_path: Path, caps
         (["--num-beams", "0"], "num_beams must be at least 1, got 0"),
         (["--num-return-sequences", "-1"], "num_return_sequences must be at least 1, got -1"),
         (["--top-p", "2"], "top_p must be above 0 and at most 1, got 2.0"),
+        (["--temperature", "0"], "temperature must be above 0, got 0.0"),
+        (["--max-new-tokens", "0"], "max_new_tokens must be at least 1, got 0"),
     ],
 )
 def test_numbers_out_of_range(
@@ -155,3 +169,11 @@ def test_numbers_out_of_range(
 ) -> None:
     assert main(["generate", str(tmp_path), "x", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_standard_input_that_is_no_text(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"abc\xff")))
+    assert main(["generate", checkpoint, "-"]) == 2
+    assert "standard input is not UTF-8: invalid start byte at byte 3" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from drt.checkpoints import load_drt
+from drt.cli.text import read_text
 
 NAME = "ask"
 HELP = "Go on from a memory with a question, and show which passages were retrieved for it."
@@ -27,12 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Ask and print."""
     import json
-    import sys
     from dataclasses import asdict
 
     from drt.asking import ask
 
-    question = sys.stdin.read() if options.question == "-" else options.question
+    question = read_text(options.question)
     checkpoint = load_drt(options.checkpoint)
     with checkpoint.autocast():
         reply = ask(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from drt.checkpoints import load_drt
+from drt.cli.text import read_text
 
 NAME = "generate"
 HELP = "Go on from a prompt of any length."
@@ -29,19 +30,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Generate; a single text is printed while it comes."""
-    import sys
-
     import torch
     from transformers import TextStreamer
 
     from drt.data.tokenization import encode
 
-    for name in ("num_beams", "num_return_sequences"):
+    for name in ("max_new_tokens", "num_beams", "num_return_sequences"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(options, name)}")
+    if options.temperature is not None and not options.temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {options.temperature}")
     if options.top_p is not None and not 0 < options.top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, got {options.top_p}")
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    prompt = read_text(options.prompt)
     checkpoint = load_drt(options.checkpoint)
     ids = torch.from_numpy(encode(checkpoint.tokenizer, prompt))[None]
     if not ids.shape[1]:

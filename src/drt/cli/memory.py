@@ -1,4 +1,4 @@
-"""`drt memory info|verify|export DIR`."""
+"""`drt memory info|verify|repair|export DIR`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 NAME = "memory"
-HELP = "Look at a memory on disk, check its chunks and state, or export it to safetensors."
+HELP = "Look at a memory on disk, check or repair it, or export it to safetensors."
 EPILOG = "Example: drt memory export memories/books exported/books"
 
 
@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, text in (
         ("info", "sizes, counts and what made it"),
         ("verify", "compare the checksums of all chunks and of the state, and count the log"),
+        ("repair", "cut a memory back to the chunks before its first damaged one, for good"),
         ("export", "write landmarks, keys, values and lengths as safetensors"),
     ):
         action = actions.add_parser(name, help=text, description=text)
@@ -28,18 +29,32 @@ def run(options: argparse.Namespace) -> None:
     """Do it."""
     import json
 
-    from drt.memory import DiskMemory, export_safetensors
+    from drt.memory import DiskMemory, export_safetensors, repair_memory
 
+    if _has_no_chunk(options.memory):
+        print(f"{options.memory}: a reading has begun, and no chunk is full yet")
+        return
+    if options.action == "repair":
+        print(f"{options.memory}: {repair_memory(options.memory):,} chunks are intact and left")
     with DiskMemory.open(options.memory) as memory:
         if options.action == "info":
             print(json.dumps(memory.info(), indent=2, default=str))
-        elif options.action == "verify":
+        elif options.action in ("verify", "repair"):
             memory.verify()
             _verify_state(options.memory, len(memory))
             print(f"{options.memory}: all {len(memory):,} chunks are intact")
         else:
             export_safetensors(memory, options.target)
             print(f"{options.target}: {len(memory):,} chunks")
+
+
+def _has_no_chunk(folder: Path) -> bool:
+    """Whether a folder holds a sound state alone: the files of a memory come with a chunk."""
+    from drt.saved_state import MANIFEST_FILE, STATE_FILE, saved_cursor
+
+    if (folder / MANIFEST_FILE).exists() or not (folder / STATE_FILE).exists():
+        return False
+    return saved_cursor(folder)[0].chunks == 0
 
 
 def _verify_state(folder: Path, num_chunks: int) -> None:

@@ -75,17 +75,19 @@ def _open(checkpoint: Checkpoint, options: argparse.Namespace) -> Any:
 
     from drt.ingestion import Ingestion
     from drt.memory.manifest import Manifest
-    from drt.saved_state import MANIFEST_FILE
+    from drt.saved_state import MANIFEST_FILE, STATE_FILE
 
     if options.dtype and (options.memory / MANIFEST_FILE).exists():
         stored = Manifest.read(options.memory).dtype
         if stored != options.dtype:
             raise ValueError(f"{options.memory} is stored in torch.{stored}, not {options.dtype}")
+    # A memory that was begun keeps what it was begun with.
+    chosen = options.dtype or (None if (options.memory / STATE_FILE).exists() else "bfloat16")
     return Ingestion(
         checkpoint.model,
         checkpoint.tokenizer,
         options.memory,
-        dtype=getattr(torch, options.dtype or "bfloat16"),
+        dtype=None if chosen is None else getattr(torch, chosen),
         segment_size=options.segment_size,
         commit_seconds=options.commit_seconds,
     )

@@ -182,7 +182,9 @@ def test_folders_of_splits(split: PreparedSplit, tmp_path: Path) -> None:
     assert split_folders(tmp_path / "out") == [split.folder, tmp_path / "out" / "validation"]
     with pytest.raises(ValueError, match="holds no prepared tokens"):
         split_folders(tmp_path / "corpus")
-    with pytest.raises(ValueError, match=r"it has no manifest\.json"):
+    with pytest.raises(ValueError, match=r"it has no manifest\.json, but the splits .*: name one"):
+        Manifest.read(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"it has no manifest\.json$"):
         Manifest.read(tmp_path)
 
 

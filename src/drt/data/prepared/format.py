@@ -92,8 +92,11 @@ class Shard:
     """Digest of each file, by its name."""
 
 
-def _splits_beside(folder: Path) -> str:
+def _splits_near(folder: Path) -> str:
     """What may have been meant by a split that is not there."""
+    inside = sorted(found.parent.name for found in folder.glob(f"*/{MANIFEST_FILE}"))
+    if inside:
+        return f", but the splits {', '.join(inside)}: name one, as {folder / inside[0]}"
     there = sorted(found.parent.name for found in folder.parent.glob(f"*/{MANIFEST_FILE}"))
     if not there:
         return ""
@@ -140,7 +143,7 @@ class Manifest:
         if not path.is_file():
             raise ValueError(
                 f"{folder} holds no prepared tokens: it has no {MANIFEST_FILE}"
-                f"{_splits_beside(folder)}"
+                f"{_splits_near(folder)}"
             )
         try:
             content = json.loads(path.read_bytes())
