@@ -1,7 +1,9 @@
 """Vocabularies of one's own."""
 
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from drt.data import encode, load_tokenizer
@@ -30,6 +32,15 @@ def test_text_comes_back_and_pairs_are_joined(tmp_path: Path) -> None:
 def test_the_same_texts_give_the_same_tokenizer() -> None:
     files = [train_bpe([TEXT[:999], TEXT[999:]], 300).backend_tokenizer.to_str() for _ in "12"]
     assert files[0] == files[1]
+
+
+def test_long_runs_take_no_longer_than_their_length() -> None:
+    # Not cut, either run takes minutes.
+    letters = np.random.default_rng(0).choice(list("ACGT"), 400_000)
+    started = time.process_time()
+    tokenizer = train_bpe(["".join(letters), " " * 400_000], 400)
+    assert len(tokenizer) == 400
+    assert time.process_time() - started < 20
 
 
 def test_sizes_that_cannot_be() -> None:

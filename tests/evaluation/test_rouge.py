@@ -55,13 +55,16 @@ def test_the_first_sentences() -> None:
 
 def test_intervals_are_of_whole_documents() -> None:
     # Documents of 1 and 3 examples: a resample holds the first twice, both, or the second twice,
-    # with chances 1/4, 1/2, 1/4; the ends of 95 % are therefore the extremes, 0 and 8, as far from
-    # the mean as sqrt(2) and 12.7062, the quantile of t, over 1.959964 put them.
+    # with chances 1/4, 1/2, 1/4; the ends of 95 % are therefore the extremes, 40 and 42, as far
+    # from the mean as sqrt(2) and 12.7062, the quantile of t, over 1.959964 put them.
     wide = math.sqrt(2) * 12.7062 / 1.959964
-    scores = np.array([[0.0], [8.0], [8.0], [8.0]])
+    scores = np.array([[40.0], [42.0], [42.0], [42.0]])
     (found,) = estimate_means(scores, ["a", "b", "b", "b"], seed=0)
-    assert found == pytest.approx((6.0, 6 - 6 * wide, 6 + 2 * wide), rel=1e-5)
-    assert estimate_means(scores, ["a"] * 4, seed=0) == [Estimate(6.0, None, None)]
+    assert found == pytest.approx((41.5, 41.5 - 1.5 * wide, 41.5 + 0.5 * wide), rel=1e-5)
+    assert estimate_means(scores, ["a"] * 4, seed=0) == [Estimate(41.5, None, None)]
+    # No score is below 0 or above 100.
+    (found,) = estimate_means(np.array([[0.0], [100.0]]), ["a", "b"], seed=0)
+    assert found == (50.0, 0.0, 100.0)
 
 
 def test_intervals_of_many_documents_are_those_of_the_normal_law() -> None:

@@ -137,10 +137,11 @@ def test_the_lead_is_scored_beside(path: str) -> None:
     wanted = sum(rouge.score(a, [b])[0] for a, b in zip(leads, SUMMARIES, strict=True)) / 3
     assert record["lead"]["rouge1"]["mean"] == pytest.approx(wanted)
     assert wanted > 0
-    head, _, *rows = SummarizationTask.table({"one": record, "two": record}).splitlines()
+    head, _, *rows, note = SummarizationTask.table({"one": record, "two": record}).splitlines()
     assert head.split() == ["model", "ROUGE-1", "ROUGE-2", "ROUGE-L", "n"]
     assert [row.split()[0] for row in rows] == ["one", "two", "lead-2"]
     assert f"{wanted:.2f} [" in rows[2]
+    assert note == "per cent, in brackets 95 % intervals over documents"
 
 
 def test_examples_are_drawn_by_the_seed(path: str, tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -12,6 +13,9 @@ from drt.data.tokenization import NUM_BYTES
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = NUM_BYTES + 1
+
+# A word of a thousand letters is data: a sequence of bases, or a picture as base64.
+_LONG_RUN = re.compile(r"\S{1000}|\s{1000}")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -42,7 +46,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    core.train_from_iterator(texts, trainer)
+    core.train_from_iterator(_without_long_runs(texts), trainer)
     if core.get_vocab_size() < vocab_size:
         raise ValueError(
             f"vocab_size is {vocab_size}, but the texts yield only {core.get_vocab_size()} entries"
@@ -54,6 +58,16 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
+
+
+def _without_long_runs(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, cut within long words: training takes the square of their length."""
+    for text in texts:
+        start = 0
+        for run in _LONG_RUN.finditer(text):
+            yield text[start : run.end()]
+            start = run.end()
+        yield text[start:]
 
 
 def check_new_folder(folder: str | Path) -> None:

@@ -73,13 +73,13 @@ def lead(document: str, num_sentences: int) -> str:
 
 
 def estimate_means(scores: np.ndarray, documents: Sequence[str], *, seed: int) -> list[Estimate]:
-    """The mean of each column of scores with a percentile bootstrap interval over documents.
+    """The mean of each column of scores, per cent, with a bootstrap interval over documents.
 
     Documents are drawn anew with all that was asked of them, since the answers about one document
     are not independent.
 
     Args:
-        scores: (N, C), one row an example.
+        scores: (N, C), one row an example, 0 to 100.
         documents: for each of the N examples what its document is called.
         seed: seed of the resampling.
 
@@ -95,6 +95,7 @@ def estimate_means(scores: np.ndarray, documents: Sequence[str], *, seed: int) -
         for column in sums.T
     ]
     return [
-        Estimate(float(mean), *(interval or (None, None)))
+        # Widened for few documents, an interval could leave the range of a score.
+        Estimate(float(mean), *(np.clip(interval, 0, 100).tolist() if interval else (None, None)))
         for mean, interval in zip(means, intervals, strict=True)
     ]

@@ -151,7 +151,7 @@ class SummarizationTask(SummarySource):
         lines = [["model", *(_HEADS[name] for name in ROUGE), "n"]]
         for name, row in rows.items():
             lines.append([name, *(_cell(row[figure]) for figure in ROUGE), str(row.get("n", ""))])
-        return ruled(lines)
+        return f"{ruled(lines)}\nper cent, in brackets 95 % intervals over documents"
 
     def _choose(self) -> list[SummaryExample]:
         found = load_summaries(self, self.split)

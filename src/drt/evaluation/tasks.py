@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import AutoConfig, PreTrainedConfig
@@ -155,12 +155,15 @@ def _describe(name: str, cls: type[Any], like: str | None, known: Mapping[str, A
     lines = [f"{name}: {purpose}"]
     if like is not None:
         lines.append(f"  settings as of {like}")
-    sentences = _sentences(cls)
+    sentences, hints = _sentences(cls), get_type_hints(cls)
     for item in fields(cls):
         default = _default(item)
         if item.name in known and known[item.name] == default:
             continue
-        lines.append(f"  {item.name}" + ("" if default is MISSING else f" [{_short(default)}]"))
+        shown = "" if default is MISSING else f" [{_short(default)}]"
+        if get_origin(hints[item.name]) is Literal:
+            shown += f", one of {', '.join(map(_short, get_args(hints[item.name])))}"
+        lines.append(f"  {item.name}{shown}")
         lines += textwrap.wrap(sentences.get(item.name, ""), 92, **_INDENTED)
     return "\n".join(lines)
 

@@ -248,7 +248,8 @@ def _best(results: Results, column: Column) -> set[str]:
         return set()
     means = {row: fmean(v) for row in results.study.rows if (v := _values(results, row, column))}
     finite = {row: mean for row, mean in means.items() if math.isfinite(mean)}
-    if len(means) < 2 or not finite:
+    # A figure that all rows share, as that of the first sentences of documents, marks none.
+    if len(set(means.values())) < 2 or not finite:
         return set()
     choose = min if column.better == "lower" else max
     return {row for row, mean in finite.items() if mean == choose(finite.values())}
