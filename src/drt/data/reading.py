@@ -248,12 +248,21 @@ def _read_file(path: Path, *, name: str, max_bytes: int) -> Iterator[TextDocumen
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """A file's bytes, unpacked where they are packed; a packed file that is cut is named."""
-    with lzma.open(path) if is_packed(path) else path.open("rb") as opened:
-        try:
-            yield cast(BinaryIO, opened)
-        except (lzma.LZMAError, EOFError) as error:
-            raise ValueError(f"{path} is not a whole xz file: {error}") from error
+    with path.open("rb") as raw, unpacked(raw, path) as stream:
+        yield stream
+
+
+@contextmanager
+def unpacked(raw: BinaryIO, path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a file that is open, unpacked where its name says that they are packed.
+
+    Raises:
+        ValueError: what is packed is damaged or cut.
+    """
+    try:
+        yield cast(BinaryIO, lzma.LZMAFile(raw)) if is_packed(path) else raw  # noqa: SIM115
+    except (lzma.LZMAError, EOFError) as error:
+        raise ValueError(f"{path} is not a whole xz file: {error}") from error
 
 
 def _read_text(
@@ -277,11 +286,7 @@ def _read_rows(
     for number, line in enumerate(stream, start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-            data = text_of(row).encode()
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
+        row, data = parse_row(line, path, number)
         text = _cut(data, max_bytes)
         max_bytes -= len(text.encode())
         if text:
@@ -311,6 +316,19 @@ def _parsed(line: bytes, path: Path, number: int) -> Any:
     except ValueError as error:
         message = f"{path} does not hold a JSON object a line: line {number}: {error}"
         raise ValueError(message) from error
+
+
+def parse_row(line: bytes, path: Path, number: int, text_field: str = "text") -> tuple[Any, bytes]:
+    """Return the row of a line, and its text in UTF-8.
+
+    Raises:
+        ValueError: no JSON, or as `text_of`; the file and the line are named.
+    """
+    try:
+        row = json.loads(line)
+        return row, text_of(row, text_field).encode()
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number}: {error}") from error
 
 
 def text_of(row: Any, text_field: str = "text") -> str:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import codecs
-import json
 import lzma
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple
 
-from drt.data.reading import is_packed, is_rows, list_text_files, text_of
+from drt.data.reading import is_rows, list_text_files, parse_row, unpacked
 
 STDIN = "-"
 PIECE_BYTES = 1 << 20
@@ -89,15 +88,13 @@ class InputStream:
             ValueError: bytes that are not UTF-8, a row without text, or a broken xz file.
         """
         name = self.item.name
-        stream = lzma.LZMAFile(self._raw) if is_packed(Path(name)) else self._raw  # noqa: SIM115
         try:
-            if is_rows(Path(name)):
-                yield from self._rows(cast(BinaryIO, stream))
-            else:
-                skip(cast(BinaryIO, stream), self._start)
-                yield from _pieces(stream.read, name, self._start)
-        except (lzma.LZMAError, EOFError) as error:
-            raise ValueError(f"{name} is not a whole xz file: {error}") from error
+            with unpacked(self._raw, Path(name)) as stream:
+                if is_rows(Path(name)):
+                    yield from self._rows(stream)
+                else:
+                    skip(stream, self._start)
+                    yield from _pieces(stream.read, name, self._start)
         finally:
             if name != STDIN:
                 self._raw.close()
@@ -108,10 +105,7 @@ class InputStream:
             source = f"{name}:{number}"
             if not line.strip() or (waiting and source != self._source):
                 continue
-            try:
-                data = text_of(json.loads(line)).encode()
-            except ValueError as error:
-                raise ValueError(f"{name}, line {number}: {error}") from error
+            _, data = parse_row(line, Path(name), number)
             start = self._start if waiting else 0
             waiting = False
             row = memoryview(data)[start:]

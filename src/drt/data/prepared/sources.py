@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import lzma
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any, Protocol
 
 from drt.data.prepared.format import Position
 from drt.data.prepared.pieces import Piece, cut_pieces
 from drt.data.reading import (
     ROWS_SUFFIX,
     XZ_SUFFIX,
-    is_packed,
     is_rows,
     list_text_files,
-    text_of,
+    parse_row,
+    unpacked,
 )
 from drt.data.streaming import InputStream, TextInput
 
@@ -105,24 +103,17 @@ class FileSource:
 
     def _rows(self, name: str, path: Path, number: int, skipped: int) -> Iterator[Piece]:
         before = self.done
-        with path.open("rb") as raw:
-            lines = cast(BinaryIO, lzma.LZMAFile(raw) if is_packed(path) else raw)  # noqa: SIM115
-            try:
-                for row, line in enumerate(lines):
-                    self.done = before + raw.tell()
-                    if row >= skipped and line.strip():
-                        yield from self._row(name, path, Position(number, row + 1), line)
-            except (lzma.LZMAError, EOFError) as error:
-                raise ValueError(f"{path} is not a whole xz file: {error}") from error
+        with path.open("rb") as raw, unpacked(raw, path) as lines:
+            for row, line in enumerate(lines, start=1):
+                self.done = before + raw.tell()
+                if row > skipped and line.strip():
+                    yield from self._row(name, path, Position(number, row), line)
 
     def _row(self, name: str, path: Path, after: Position, line: bytes) -> Iterator[Piece]:
-        try:
-            row = json.loads(line)
-            text = text_of(row, self._text_field)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {after.row}: {error}") from error
+        row, text = parse_row(line, path, after.row, self._text_field)
         called = row.get(self._name_field)
-        yield from cut_pieces([text], f"{name}:{after.row if called is None else called}", after)
+        document = f"{name}:{after.row if called is None else called}"
+        yield from cut_pieces([text.decode()], document, after)
 
 
 def _texts(path: Path) -> Iterator[str]:
