@@ -68,9 +68,14 @@ def test_shipped_configurations_are_extended_by_their_names(tmp_path: Path) -> N
     file = tmp_path / "mine.yaml"
     file.write_text("extends: ladder-1m\nseed: 3")
     assert load_config(file) == replace(load_config(CONFIGS / "ladder-1m.yaml"), seed=3)
-    # What lies beside the file comes first.
+    # What lies beside the file comes first, and a file may be called as what it extends.
+    (tmp_path / "ladder-1m.yaml").write_text("extends: ladder-1m\nseed: 4")
+    assert load_config(file) == replace(load_config(CONFIGS / "ladder-1m.yaml"), seed=3)
     (tmp_path / "ladder-1m").write_text(DEMO.read_text())
     assert load_config(file) == replace(load_config(DEMO), seed=3)
+    file.write_text("extends: ladder-1n")
+    with pytest.raises(ValueError, match=r"'ladder-1n', which is no .*; did you mean ladder-1m"):
+        load_config(file)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +97,14 @@ def test_shipped_configurations_are_extended_by_their_names(tmp_path: Path) -> N
         ("training.max_grad_norm=-1", "training.max_grad_norm must be at least 0, got -1"),
         ("training.evaluate_every=-1", "training.evaluate_every must be at least 0, got -1"),
         ("training.adam_beta2=1", "adam_beta2 must be at least 0 and below 1, got 1.0"),
+        (
+            "training.learning_rate=1e-4",
+            r"training.final_learning_rate 0\.\d+ is above the peak, training.learning_rate 0.0001",
+        ),
+        ("evaluation.lengths=[]", "evaluation.lengths is empty"),
+        ("evaluation.lengths=[0]", "evaluation.lengths must be at least 1, got 0"),
+        ("evaluation.questions=0", "evaluation.questions must be at least 1, got 0"),
+        ("evaluation.seed=-1", "evaluation.seed must be at least 0, got -1"),
         ("training.peak_tflops=0", "training.peak_tflops must be above 0, got 0.0"),
         ("seed=-1", "seed must be at least 0, got -1"),
         ("training.gradient_checkpointing=1", "gradient_checkpointing must be bool, got 1"),
@@ -122,6 +135,8 @@ def test_wrong_values_are_refused(override: str, message: str) -> None:
 
 def test_text_out_of_range_is_refused() -> None:
     text = ["stages=[]", "text.corpus=x"]
+    with pytest.raises(ValueError, match=r"training\.text_loss_weight 0\.\d+ is of needle rows"):
+        load_config(DEMO, text)
     with pytest.raises(ValueError, match=r"text\.length must be at least 2, got 0"):
         load_config(DEMO, [*text, "text.length=0"])
     with pytest.raises(ValueError, match=r"text\.validation_rows must be at least 0, got -1"):

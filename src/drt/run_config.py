@@ -104,6 +104,11 @@ class TrainingConfig:
         others = ("final_learning_rate", "warmup_steps", "weight_decay", "max_grad_norm")
         _check_at_least(0, self, "training.", (*losses, *others, "save_every", "evaluate_every"))
         _check_above_zero("training.learning_rate", self.learning_rate)
+        if self.final_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"training.final_learning_rate {self.final_learning_rate} is above the peak, "
+                f"training.learning_rate {self.learning_rate}"
+            )
         if self.peak_tflops is not None:
             _check_above_zero("training.peak_tflops", self.peak_tflops)
         if not 0 <= self.adam_beta2 < 1:
@@ -166,6 +171,15 @@ class EvaluationConfig:
     segment_size: int = 4096
     """Tokens of one forward while a context is read."""
 
+    def __post_init__(self) -> None:
+        if not self.lengths:
+            raise ValueError("evaluation.lengths is empty: at least one is needed")
+        if min(self.lengths) < 1:
+            raise ValueError(f"evaluation.lengths must be at least 1, got {min(self.lengths)}")
+        counts = ("questions", "questions_longest", "segment_size")
+        _check_at_least(1, self, "evaluation.", counts)
+        _check_at_least(0, self, "evaluation.", ("long_from", "multi_up_to", "seed"))
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -213,6 +227,7 @@ class RunConfig:
             )
         _check_at_least(0, self, "", ("seed",))
         self._check_stages()
+        self._check_unread()
         self._check_chunk_size()
         for length in self.row_lengths:
             if self.training.tokens_per_step % length:
@@ -236,14 +251,21 @@ class RunConfig:
                     f"the stage would never end and stages.{number + 1} never begin"
                 )
 
+    def _check_unread(self) -> None:
+        """Refuse what is given for needle rows to a run that has none."""
+        given = {"chunk_size": self.chunk_size}
+        for name in ("text_loss_weight", "first_token_weight"):
+            given[f"training.{name}"] = getattr(self.training, name)
+        for name, value in given.items() if not self.stages else ():
+            if value != getattr(TrainingConfig, name.removeprefix("training."), None):
+                raise ValueError(f"{name} {value} is of needle rows: there are none")
+
     def _check_chunk_size(self) -> None:
         """Refuse rows that are no multiple of it, as far as the model it may follow from is known.
 
         Only in needle rows does anything stand at the borders of chunks.
         """
         if not self.stages:
-            if self.chunk_size is not None:
-                raise ValueError(f"chunk_size {self.chunk_size} is of needle rows: there are none")
             return
         default = DRTConfig.chunk_size if self.initial is None else 1
         of_model = self.model.get("chunk_size", default)
@@ -341,14 +363,25 @@ def read_mapping(path: Path, *, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     for name in names if isinstance(names, list) else [names]:
         if not isinstance(name, str):
             raise ValueError(f"{path}: extends must name files, got {name!r}")
-        below = overlay(below, read_mapping(_find_extended(name, path.parent), above=chain))
+        below = overlay(below, read_mapping(_find_extended(name, path), above=chain))
     return overlay(below, data)
 
 
-def _find_extended(name: str, folder: Path) -> Path:
-    beside = folder / name
-    places = (beside, shipped_file(name), shipped_file(name, folder="studies"))
-    return next((place for place in places if place.is_file()), beside)
+def _find_extended(name: str, path: Path) -> Path:
+    """What a file extends under a name."""
+    beside = [path.parent / name]
+    if path.name != f"{name}.yaml":
+        # It may extend the shipped one of its own name.
+        beside.append(path.parent / f"{name}.yaml")
+    shipped = [shipped_file(name), shipped_file(name, folder="studies")]
+    found = next((place for place in (*beside, *shipped) if place.is_file()), None)
+    if found is None:
+        known = [each.stem for place in shipped for each in place.parent.glob("*.yaml")]
+        raise ValueError(
+            f"{path} extends {name!r}, which is no file in {path.parent} and no shipped "
+            f"configuration{did_you_mean(name, known)}"
+        )
+    return found
 
 
 def overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

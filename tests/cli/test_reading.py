@@ -63,9 +63,15 @@ def test_a_memory_of_nothing_is_asked_by_any_number_and_keeps_its_dtype(
         asked = ["ask", checkpoint, "What? ", "--memory", str(memory), "--max-new-tokens", "1"]
         assert main(asked) == 0
     capsys.readouterr()
-    for action in ("info", "verify"):
-        assert main(["memory", action, str(memory)]) == 0
-        assert "no chunk is full yet" in capsys.readouterr().out
+    assert main(["memory", "info", str(memory)]) == 0
+    assert json.loads(capsys.readouterr().out)["chunks"] == 0
+    assert main(["memory", "verify", str(memory)]) == 0
+    assert "no chunk is full yet" in capsys.readouterr().out
+    assert main(["memory", "export", str(memory), str(tmp_path / "exported")]) == 2
+    assert "no chunk yet: there is nothing to export" in capsys.readouterr().err
+    # Without a manifest it is no text either.
+    assert main(["read", checkpoint, str(memory), "--memory", str(tmp_path / "new")]) == 2
+    assert "it holds what drt has made of text" in capsys.readouterr().err
     kept = tmp_path / "kept"
     for dtype, text in (("int8", tmp_path / "empty.txt"), (None, texts[0])):
         given = ["--dtype", dtype] if dtype else []

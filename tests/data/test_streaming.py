@@ -110,6 +110,10 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"good\n" * 30 + b"\xff")
     with pytest.raises(ValueError, match="given twice"):
         list_inputs([str(tmp_path / "a.txt")] * 2)
+    (tmp_path / "b.txt").symlink_to(tmp_path / "a.txt")
+    with pytest.raises(ValueError, match=r"b\.txt is given twice"):
+        list_inputs([str(tmp_path)])
+    (tmp_path / "b.txt").unlink()
     with pytest.raises(ValueError, match=r"a\.txt is not UTF-8.* at byte 150"):
         pieces(tmp_path / "a.txt")
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"words": 3}\n')

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import LlamaConfig
 
 from drt import hardware
 from drt.checkpoints import load_checkpoint
 from drt.cli.main import main
 from drt.data import byte_tokenizer
+from drt.data.bpe import train_bpe
 from drt.data.prepared import CorpusConfig, find_sources, prepare
 from drt.evaluation.tasks import make_task
 from drt.run_config import read_mapping
@@ -389,6 +391,10 @@ def test_a_study_in_the_folder_one_is_in(study_file: Path, monkeypatch: pytest.M
         ("measurements.more={task: babi, settings: {facts: no/where}}", "no stories at no/where"),
         ("measurements.more={task: single, settings: {corpus: no/where}}", "no/where"),
         (
+            "measurements.more={task: single, settings: {lengths: [1000]}}",
+            "length is 1000; it must be a multiple of chunk_size",
+        ),
+        (
             "measurements.more={task: summarization, settings: {path: no/where}}",
             "no/where",
         ),
@@ -401,6 +407,15 @@ def test_nothing_is_trained_before_all_rows_are_seen_to_be_right(
     assert main(["study", str(study_file), override, "--output", str(folder)]) == 2
     assert message in capsys.readouterr().err
     assert not folder.exists()
+
+
+def test_a_text_in_tokens_of_another_row_is_refused(study_file: Path) -> None:
+    folder = study_file.parent / "bpe"
+    train_bpe(["it rains, and on it rains. "], 260).save_pretrained(str(folder))
+    stages = "[{length: 128, tasks: [{task: {}}]}]"
+    row = f"rows.last={{text: null, tokenizer: {folder}, stages: {stages}}}"
+    with pytest.raises(ValueError, match=r"row 'last': .*test was prepared with another tokenizer"):
+        check_jobs(load_study(study_file, [row]), study_file.parent / "runs")
 
 
 def test_questions_must_end_alike_for_all_rows(
@@ -464,8 +479,16 @@ def test_a_row_that_is_changed_is_not_shown_with_what_it_was(study_file: Path) -
 def test_a_row_that_begins_with_a_model_of_another_kind_is_not_taken_for_a_drt(
     study_file: Path,
 ) -> None:
-    other = "rows.other={initial: some/llama, model: {max_position_embeddings: 64}}"
-    check_jobs(load_study(study_file, [other]), study_file.parent / "runs")
+    folder = study_file.parent / "llama"
+    LlamaConfig(vocab_size=258, hidden_size=8, num_attention_heads=2).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(str(folder))
+    row = f"rows.other={{initial: {folder}, model: {{max_position_embeddings: 64}}}}"
+    check_jobs(load_study(study_file, [row]), study_file.parent / "runs")
+    wrong = row.replace("max_position", "max_positions")
+    with pytest.raises(ValueError, match=r"unknown key model\.max_positions_embeddings of a llama"):
+        check_jobs(load_study(study_file, [wrong]), study_file.parent / "runs")
+    with pytest.raises(ValueError, match="row 'other': no/where/at/all holds no model"):
+        check_jobs(load_study(study_file, ["rows.other={initial: no/where/at/all}"]), Path("runs"))
     drt = "rows.other={model: {max_position_embeddings: 64, rope_scaling: 1}}"
     with pytest.raises(ValueError, match=r"unknown key model\.rope_scaling of a drt"):
         check_jobs(load_study(study_file, [drt]), study_file.parent / "runs")
@@ -531,8 +554,10 @@ def test_a_column_that_finds_nothing_is_an_error(study_file: Path) -> None:
         ("columns.at 128.value=settings", "'settings' of 'test' is no number but a dict"),
         ("curves.by length.values=rowz", "curve 'by length' finds no 'rowz' in any record"),
         ("curves.by length.values=settings", "curve 'by length': 'settings' of 'test' is no list"),
-        ("curves.by length.x=lenght", "no list of points with 'lenght' and 'perplexity'"),
-        ("curves.by length.y=perplexty", "no list of points with 'length' and 'perplexty'"),
+        ("curves.by length.x=lenght", "no list of points with numbers above 0 as 'lenght'"),
+        ("curves.by length.x=label", "no list of points with numbers above 0 as 'label'"),
+        ("curves.by length.y=perplexty", "no list of .* and numbers as 'perplexty'"),
+        ("columns.at 128.value=rows.perplexity", "'perplexity' is no item of a list"),
     ],
 )
 def test_what_is_no_figure_is_an_error(study_file: Path, override: str, message: str) -> None:
@@ -581,6 +606,7 @@ def test_records_are_searched_by_key_number_and_entry() -> None:
     assert find(record, "rows.length=9.x") is None
     assert find(record, "rows.7.x") is None
     assert find(record, "") == record
+    assert find({"rows": [1, 2]}, "rows.a=1") is None
     with pytest.raises(ValueError, match="'length' is no item of a list"):
         find(record, "rows.length")
     # Of two depths neither is meant.

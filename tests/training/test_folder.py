@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -64,6 +65,8 @@ def test_a_kill_at_any_write_leaves_the_checkpoint_before(
         assert latest_checkpoint(folder) == folder / "checkpoint-10"
     save_checkpoint(run_config, 20, with_curriculum=with_curriculum)
     assert latest_checkpoint(folder) == folder / "checkpoint-20"
+    shutil.copytree(folder / "checkpoint-10", folder / "checkpoint-10 copy")
+    assert latest_checkpoint(folder) == folder / "checkpoint-20"
 
 
 def test_a_kill_while_a_run_is_resumed_loses_no_metrics(
@@ -102,6 +105,15 @@ def test_a_configuration_that_was_not_written_in_full_is_no_other_run(
     (folder / "thesis.txt").touch()
     with pytest.raises(ValueError, match="is not empty and holds no run"):
         check_folder(folder, run_config, resume=False, overwrite=False)
+
+
+def test_what_is_measured_and_saved_on_the_way_is_no_other_run(run_config: RunConfig) -> None:
+    now = replace(
+        run_config.training, save_every=7, log_every=7, evaluate_every=0, tensorboard=True
+    )
+    assert differences(run_config, replace(run_config, training=now)) == []
+    now = replace(now, weight_decay=0.5)
+    assert len(differences(run_config, replace(run_config, training=now))) == 1
 
 
 def test_a_path_may_be_written_in_another_way(run_config: RunConfig) -> None:

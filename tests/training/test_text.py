@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,16 @@ def test_what_does_not_fit_is_refused(
     with pytest.raises(ValueError, match=message):
         train(replace(config, text=replace(config.text, **changes)))
     assert not Path(config.output_dir).exists()
+
+
+def test_without_rows_of_the_validation_loss_no_such_split_is_needed(
+    prepared: Path, small_model: dict[str, Any]
+) -> None:
+    config = text_run(prepared, small_model, num_steps=2, save_every=0, evaluate_every=1)
+    assert config.text is not None
+    shutil.rmtree(prepared / "validation")
+    train(replace(config, text=replace(config.text, validation_rows=0)))
+    assert "validation_loss" not in (Path(config.output_dir) / "metrics.jsonl").read_text()
 
 
 def test_micro_batches_that_do_not_share_out_are_refused(

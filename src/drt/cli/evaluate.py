@@ -165,9 +165,9 @@ def _check_files(*files: Path | None) -> None:
             continue
         if not file.parent.is_dir():
             raise ValueError(f"there is no folder {file.parent} to write {file.name} to")
-        if file.is_dir():
-            raise ValueError(f"{file} is a folder: name a file in it")
-        if not os.access(file if file.exists() else file.parent, os.W_OK):
+        if file.exists() and not file.is_file():
+            raise ValueError(f"{file} is no regular file: name one, which is written anew")
+        if not os.access(file.resolve().parent, os.W_OK):
             raise ValueError(f"{file} cannot be written: no permission")
 
 
@@ -207,7 +207,7 @@ def _evaluate(
             records.setdefault(name, {})[task] = record
             if to is not None:
                 content = {"hardware": hardware.describe(), "models": records}
-                write_whole(to, json.dumps(content, indent=2) + "\n")
+                write_whole(to.resolve(), json.dumps(content, indent=2) + "\n")
         # Not held while the next one loads.
         del checkpoint
 

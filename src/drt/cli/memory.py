@@ -32,14 +32,22 @@ def run(options: argparse.Namespace) -> None:
     from drt.memory import DiskMemory, export_safetensors, repair_memory
 
     if _has_no_chunk(options.memory):
-        print(f"{options.memory}: a reading has begun, and no chunk is full yet")
+        if options.action == "export":
+            raise ValueError(f"{options.memory} has no chunk yet: there is nothing to export")
+        if options.action == "info":
+            print(json.dumps({"folder": str(options.memory), "chunks": 0}, indent=2))
+        else:
+            print(f"{options.memory}: a reading has begun, and no chunk is full yet")
         return
     if options.action == "repair":
-        print(f"{options.memory}: {repair_memory(options.memory):,} chunks are intact and left")
+        left = repair_memory(options.memory)
+        print(f"{options.memory}: {left:,} chunks are intact and left")
+        _verify_state(options.memory, left)
+        return
     with DiskMemory.open(options.memory) as memory:
         if options.action == "info":
             print(json.dumps(memory.info(), indent=2, default=str))
-        elif options.action in ("verify", "repair"):
+        elif options.action == "verify":
             memory.verify()
             _verify_state(options.memory, len(memory))
             print(f"{options.memory}: all {len(memory):,} chunks are intact")

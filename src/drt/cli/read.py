@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> None:
     from drt.data.reading import left_out
     from drt.data.streaming import list_inputs
 
-    inputs = _outside(options.memory, list_inputs(options.files))
+    inputs = list_inputs(options.files)
     if note := left_out(Path(file) for file in options.files):
         print(note)
     checkpoint = load_drt(options.checkpoint)
@@ -53,21 +53,6 @@ def run(options: argparse.Namespace) -> None:
         )
     finally:
         ingestion.close()
-
-
-def _outside(memory: Path, inputs: list[Any]) -> list[Any]:
-    """The inputs without what lies in the memory's own folder, where that is below a given one."""
-    from drt.data.streaming import STDIN
-
-    here = memory.resolve()
-    left = [
-        item
-        for item in inputs
-        if item.name == STDIN or not Path(item.name).resolve().is_relative_to(here)
-    ]
-    if not left:
-        raise ValueError(f"there is no text to be read but what is in {memory} itself")
-    return left
 
 
 def _open(checkpoint: Checkpoint, options: argparse.Namespace) -> Any:

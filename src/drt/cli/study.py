@@ -74,13 +74,13 @@ def run(options: argparse.Namespace) -> None:
 def _run_all(study: Any, folder: Path, options: argparse.Namespace) -> list[str]:
     """Run what is left; which runs failed."""
     from drt.study.jobs import check_jobs, plan_jobs, run_all
-    from drt.study.report import Results, find_nothing
+    from drt.study.report import Results, find_problems
 
     for name in ("workers", "processes"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
     check_jobs(study, folder)
-    failed, notes = [], []
+    failed, is_checked = [], False
     print(f"{len(plan_jobs(study))} runs in {folder}, what they say in <row>/seed-<n>-log.txt")
     for job, seconds, status in run_all(
         study,
@@ -92,10 +92,11 @@ def _run_all(study: Any, folder: Path, options: argparse.Namespace) -> list[str]
         print(f"{job.row}, seed {job.seed}: {'done' if status == 0 else 'failed'}, {seconds:.0f} s")
         if status:
             failed.append(f"{job.row} {job.seed}, exit status {status}")
-        elif not notes:
+        elif job.row in study.rows and not is_checked:
             # Said as soon as there is a record: the page comes when all is trained.
-            notes = find_nothing(Results(study, folder))
-            print(*(f"note: {each}" for each in notes), sep="\n", end="\n" if notes else "")
+            for problem in find_problems(Results(study, folder)):
+                print(f"note: {problem}")
+            is_checked = True
     return failed
 
 

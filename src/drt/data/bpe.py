@@ -15,7 +15,8 @@ END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = NUM_BYTES + 1
 
 # A word of a thousand letters is data: a sequence of bases, or a picture as base64.
-_LONG_RUN = re.compile(r"\S{1000}|\s{1000}")
+_LONGEST_RUN = 1000
+_LONG_RUN = re.compile(rf"(?<!\S)\S{{{_LONGEST_RUN},}}|(?<!\s)\s{{{_LONGEST_RUN},}}")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -65,8 +66,9 @@ def _without_long_runs(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
         start = 0
         for run in _LONG_RUN.finditer(text):
-            yield text[start : run.end()]
-            start = run.end()
+            for cut in range(run.start() + _LONGEST_RUN, run.end(), _LONGEST_RUN):
+                yield text[start:cut]
+                start = cut
         yield text[start:]
 
 

@@ -198,6 +198,9 @@ def _files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
 
 def is_own(folder: Path) -> bool:
     """Whether a folder holds a split of prepared tokens, or a memory."""
+    # A memory has no manifest before its first chunk.
+    if (folder / "state.safetensors").is_file():
+        return True
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
     except (OSError, ValueError):
@@ -286,7 +289,8 @@ def _read_rows(
     for number, line in enumerate(stream, start=1):
         if not line.strip():
             continue
-        row, data = parse_row(line, path, number)
+        row, whole = parse_row(line, path, number)
+        data = whole.encode()
         text = _cut(data, max_bytes)
         max_bytes -= len(text.encode())
         if text:
@@ -318,15 +322,15 @@ def _parsed(line: bytes, path: Path, number: int) -> Any:
         raise ValueError(message) from error
 
 
-def parse_row(line: bytes, path: Path, number: int, text_field: str = "text") -> tuple[Any, bytes]:
-    """Return the row of a line, and its text in UTF-8.
+def parse_row(line: bytes, path: Path, number: int, text_field: str = "text") -> tuple[Any, str]:
+    """Return the row of a line, and its text.
 
     Raises:
         ValueError: no JSON, or as `text_of`; the file and the line are named.
     """
     try:
         row = json.loads(line)
-        return row, text_of(row, text_field).encode()
+        return row, text_of(row, text_field)
     except ValueError as error:
         raise ValueError(f"{path}, line {number}: {error}") from error
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import lzma
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -54,9 +53,12 @@ def list_inputs(paths: list[str]) -> list[TextInput]:
             raise ValueError(f"there is no file or folder {path}")
         files = list_text_files(Path(path))
         inputs += [TextInput(str(file), file.stat().st_size) for file in files]
-    for name, count in Counter(item.name for item in inputs).items():
-        if count > 1:
-            raise ValueError(f"{name} is given twice")
+    seen: set[str | Path] = set()
+    for item in inputs:
+        place = item.name if item.name == STDIN else Path(item.name).resolve()
+        if place in seen:
+            raise ValueError(f"{item.name} is given twice")
+        seen.add(place)
     return inputs
 
 
@@ -105,10 +107,10 @@ class InputStream:
             source = f"{name}:{number}"
             if not line.strip() or (waiting and source != self._source):
                 continue
-            _, data = parse_row(line, Path(name), number)
+            _, text = parse_row(line, Path(name), number)
             start = self._start if waiting else 0
             waiting = False
-            row = memoryview(data)[start:]
+            row = memoryview(text.encode())[start:]
             yield from _pieces(_reader(row), source, start)
         if waiting:
             raise ValueError(f"{name} ends before {self._source}, the place to go on from")

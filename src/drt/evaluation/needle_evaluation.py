@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
 from drt.checkpoints import Checkpoint
 from drt.data import MULTI_TASK, Corpus, NeedleTask, load_corpus
 from drt.data.reading import check_path
@@ -94,6 +96,12 @@ class NeedleEvaluationTask:
         if self.corpus is not None:
             check_path(Path(self.corpus))
 
+    def check_model(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+        """Raise the ValueError of `evaluate` for lengths that fit neither task nor chunks."""
+        corpus, size = load_corpus(self.corpus, tokenizer), self._chunk_size(config)
+        for length in self.lengths:
+            self._first_example(corpus, size, length)
+
     def evaluate(self, checkpoint: Checkpoint, *, title: str) -> dict[str, Any]:
         """Score a model.
 
@@ -117,7 +125,7 @@ class NeedleEvaluationTask:
         return {
             "scores": as_rows(scores),
             "left_out": [length for length in sorted(self.lengths) if length not in done],
-            "chunk_size": self._chunk_size(model),
+            "chunk_size": self._chunk_size(model.config),
             "position_limit": None if limit is None else limit.num_tokens,
             "beyond_limit": limit is not None
             and any(self._needed(model, corpus, length) > limit.num_tokens for length in done),
@@ -163,7 +171,7 @@ class NeedleEvaluationTask:
             num_questions=self._questions_at(length),
             seed=seed,
             depth=depth,
-            chunk_size=self._chunk_size(model),
+            chunk_size=self._chunk_size(model.config),
             segment_size=self.segment_size,
             new_memory=partial(temporary_memory, self.memory, self.memory_dtype),
             beyond_limit=self.beyond_limit == "go_on",
@@ -187,27 +195,32 @@ class NeedleEvaluationTask:
 
     def _needed(self, model: Any, corpus: Corpus, length: int) -> int:
         """Tokens that the model reads for an example, the first and its own answer among them."""
-        example = self._first_example(model, corpus, length)
+        example = self._first_example(corpus, self._chunk_size(model.config), length)
         return tokens_needed(example) + (self._first_token(model) is not None)
 
-    def _first_example(self, model: Any, corpus: Corpus, length: int) -> Any:
-        size, depth = self._chunk_size(model), self.depths[0] if self.depths else None
+    def _first_example(self, corpus: Corpus, chunk_size: int, length: int) -> Any:
         return self.task.evaluation_example(
-            corpus, seed=self.seeds[0], index=0, length=length, chunk_size=size, depth=depth
+            corpus,
+            seed=self.seeds[0],
+            index=0,
+            length=length,
+            chunk_size=chunk_size,
+            depth=self.depths[0] if self.depths else None,
         )
 
     def _contexts(self, model: Any, corpus: Corpus, length: int) -> int:
         """Contexts read at a length and depth; questions of one example share a context."""
         # As many questions at every length: the shortest context is the cheapest to make.
-        example = self._first_example(model, corpus, min(self.lengths))
+        size = self._chunk_size(model.config)
+        example = self._first_example(corpus, size, min(self.lengths))
         contexts = -(-self._questions_at(length) // len(example.questions))
         return contexts * len(self.seeds)
 
     def _questions_at(self, length: int) -> int:
         return self.questions_longest if length > self.long_from else self.questions
 
-    def _chunk_size(self, model: Any) -> int:
-        return self.chunk_size or common_chunk_size([model.config])
+    def _chunk_size(self, config: PreTrainedConfig) -> int:
+        return self.chunk_size or common_chunk_size([config])
 
     def _first_token(self, model: Any) -> int | None:
         return first_token(model, wanted=self.begin_with_bos)

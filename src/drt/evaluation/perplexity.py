@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from drt.checkpoints import Checkpoint
 from drt.data.prepared import PreparedSplit
@@ -149,6 +150,10 @@ class PerplexityTask:
     def check_data(self) -> None:
         """Raise the ValueError of `evaluate` if there is no such split, or it has no long texts."""
         self._excerpts(PreparedSplit(self.data))
+
+    def check_model(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+        """Raise the ValueError of `evaluate` where another tokenizer made the split's tokens."""
+        PreparedSplit(self.data, tokenizer=tokenizer)
 
     def evaluate(self, checkpoint: Checkpoint, *, title: str) -> dict[str, Any]:
         """Score a model.

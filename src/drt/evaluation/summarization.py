@@ -225,7 +225,8 @@ def _texts_file(folder: Path, title: str) -> Path:
     """An empty file for the texts of a model."""
     folder.mkdir(parents=True, exist_ok=True)
     # A title may be a path or a model's name on the hub.
-    file = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', title).strip('-')}.jsonl"
+    name = re.sub(r"[^\w.-]+", "-", title).strip("-")
+    file = folder / f"{name}.jsonl"
     file.write_text("")
     return file
 

@@ -2,8 +2,9 @@
 
 A task is a frozen dataclass. Its fields, a sentence under each, are its settings; `evaluate` takes
 a checkpoint and returns a JSON-ready record, `table` shows the records of several models,
-`draw`, where a task has it, draws them, and `check_data`, where a task reads any, refuses what is
-not there before a model is loaded or trained.
+`draw`, where a task has it, draws them. Before a model is loaded or trained, `check_data` refuses
+what is not there and `check_model` what a model with this tokenizer and configuration could not do,
+where a task has them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 import drt.architectures  # noqa: F401  (registers the kinds of models)
 from drt.checkpoints import Checkpoint
@@ -91,6 +92,12 @@ def check_data(task: Any) -> None:
     """Raise the ValueError, or ImportError, of a task that reads what is not there."""
     if hasattr(task, "check_data"):
         task.check_data()
+
+
+def check_model(task: Any, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """Raise the ValueError of a task that a model cannot do, as far as is known without it."""
+    if hasattr(task, "check_model"):
+        task.check_model(tokenizer, config)
 
 
 def parse_settings(words: Iterable[str]) -> dict[str, Any]:

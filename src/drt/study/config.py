@@ -220,7 +220,7 @@ def run_config(
     if source is not None:
         changes["initial"] = str(run_folder(folder, source, seed))
     data = overlay(_fill(base, study.parameters), changes)
-    if source is not None:
+    if changes.get("initial") is not None:
         # The rest of its fields are those of the model it begins with.
         data["model"] = changes.get("model", {})
     data |= {"seed": seed, "output_dir": str(run_folder(folder, row, seed))}

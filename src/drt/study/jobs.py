@@ -20,8 +20,9 @@ from accelerate.utils import broadcast_object_list
 
 from drt import hardware
 from drt.checkpoints import load_checkpoint
+from drt.data.tokenization import tokenizer_fingerprint
 from drt.evaluation import tasks
-from drt.evaluation.needles import DEFAULT_CHUNK_SIZE, common_chunk_size
+from drt.evaluation.needles import common_chunk_size
 from drt.evaluation.tasks import make_task
 from drt.memory.files import write_whole
 from drt.run_config import CONFIG_FILE, FINAL_FOLDER, RunConfig, load_config, read_mapping
@@ -29,7 +30,7 @@ from drt.study.config import Measurement, StudyConfig, run_config, run_folder
 from drt.training import train
 from drt.training.flops import flops_if_known
 from drt.training.folder import differences, is_finished, training_seconds
-from drt.training.materials import Planned, check_data, plan_run
+from drt.training.materials import Planned, check_data, plan_of, plan_run
 
 RESULTS_FILE = "results.json"
 """In a run's folder: a list of what was measured, with what settings and on what hardware."""
@@ -101,26 +102,25 @@ def check_jobs(study: StudyConfig, folder: Path) -> None:
     base = read_mapping(Path(study.base))
     _check_same_tokens(study)
     checked: list[Any] = []
-    planned: dict[str, Planned | None] = {}
+    planned: dict[str, Planned] = {}
     chunk_sizes: dict[str, int] = {}
     for row in study.trained:
-        for measurement in study.measurements_of(row).values():
-            if measurement not in checked:
-                tasks.check_data(make_task(measurement.task, measurement.settings))
-                checked.append(measurement)
         try:
             config = run_config(study, base, row, study.seeds[0], folder)
             plan = _plan(study, base, row, planned)
-            chunk_sizes[row] = (
-                common_chunk_size([plan.model_config])
-                if plan
-                else config.model.get("chunk_size", DEFAULT_CHUNK_SIZE)
-            )
+            chunk_sizes[row] = common_chunk_size([plan.model_config])
+            tokens = tokenizer_fingerprint(plan.tokenizer)
+            for measurement in study.measurements_of(row).values():
+                if (measurement, tokens, chunk_sizes[row]) not in checked:
+                    task = make_task(measurement.task, measurement.settings)
+                    tasks.check_data(task)
+                    tasks.check_model(task, plan.tokenizer, plan.model_config)
+                    checked.append((measurement, tokens, chunk_sizes[row]))
             # Rows of a study mostly share their data.
             data = (config.text, config.summaries, config.training, config.tokenizer)
             of_needles = (config.stages, config.chunk_size, config.model.get("chunk_size"))
             data += (config.corpus, config.evaluation, *of_needles) if config.stages else ()
-            if plan is not None and data not in checked:
+            if data not in checked:
                 check_data(config, plan)
                 checked.append(data)
         except ValueError as error:
@@ -130,16 +130,16 @@ def check_jobs(study: StudyConfig, folder: Path) -> None:
         check_configuration(study, base, job, folder)
 
 
-def _plan(
-    study: StudyConfig, base: dict[str, Any], row: str, known: dict[str, Planned | None]
-) -> Planned | None:
-    """What a row's model will be; None where it begins with one that is not a row's."""
+def _plan(study: StudyConfig, base: dict[str, Any], row: str, known: dict[str, Planned]) -> Planned:
+    """What a row's model will be."""
     if row not in known:
         config = run_config(study, base, row, study.seeds[0], Path())
-        source = study.initial_row(row)
-        initial = None if source is None else _plan(study, base, source, known)
-        foreign = config.initial is not None and initial is None
-        known[row] = None if foreign else plan_run(config, initial)
+        source, initial = study.initial_row(row), None
+        if source is not None:
+            initial = _plan(study, base, source, known)
+        elif config.initial is not None:
+            initial = plan_of(config.initial)
+        known[row] = plan_run(config, initial)
     return known[row]
 
 

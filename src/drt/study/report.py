@@ -76,7 +76,8 @@ def find(record: Any, path: str) -> Any:
     for name in path.split(".") if path else []:
         if isinstance(record, list) and "=" in name:
             key, _, value = name.partition("=")
-            items = [item for item in record if str(item.get(key)) == value]
+            given = [item for item in record if isinstance(item, dict)]
+            items = [item for item in given if str(item.get(key)) == value]
             if len(items) > 1:
                 raise ValueError(f"{path!r}: {len(items)} items have {name}, which is to be one")
             record = items[0] if items else None
@@ -125,7 +126,12 @@ def write_page(study: StudyConfig, folder: Path, page: Path, *, command: str) ->
     page.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
 
 
-def find_nothing(results: Results) -> list[str]:
+def find_problems(results: Results) -> list[str]:
+    """What is wrong with columns and pictures, as far as the records of finished runs tell."""
+    return [*_that_find_nothing(results), *_without_points(results)]
+
+
+def _that_find_nothing(results: Results) -> list[str]:
     """Columns and pictures that find nothing in any record so far, each with what is there."""
     study = results.study
     shown = [(f"column {title!r}", each, each.value) for title, each in study.columns.items()]
@@ -133,10 +139,29 @@ def find_nothing(results: Results) -> list[str]:
     problems = []
     for name, each, path in shown:
         records = [r for row in results.done for r in results.records(row, each.measurement)]
-        if records and all(find(record, path) in (None, []) for record in records):
+        try:
+            found = [find(record, path) for record in records]
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+            continue
+        if records and all(each in (None, []) for each in found):
             problems.append(
                 f"{name} finds no {path!r} in any record of {each.measurement!r}, but "
                 f"{_what_is_there(records[0], path)}"
+            )
+    return problems
+
+
+def _without_points(results: Results) -> list[str]:
+    """Pictures that find what cannot be drawn."""
+    problems = []
+    for title, curve in results.study.curves.items():
+        records = [each for row in results.done for each in results.records(row, curve.measurement)]
+        found = [find(record, curve.values) for record in records]
+        if not all(points is None or _are_points(points, curve) for points in found):
+            problems.append(
+                f"curve {title!r}: {curve.values!r} of {curve.measurement!r} is no list of points "
+                f"with numbers above 0 as {curve.x!r} and numbers as {curve.y!r}"
             )
     return problems
 
@@ -159,23 +184,20 @@ def _check_columns(results: Results) -> None:
     """Refuse what would be a table of nothing."""
     if not any(results.done.values()):
         raise ValueError(f"no run of this study is done in {results.folder}")
-    if results.is_whole and (problems := find_nothing(results)):
+    # While runs are missing, some later one may have what a column shows.
+    if problems := find_problems(results) if results.is_whole else _without_points(results):
         raise ValueError("; ".join(problems))
-    for title, curve in results.study.curves.items():
-        records = [each for row in results.done for each in results.records(row, curve.measurement)]
-        for points in (find(record, curve.values) for record in records):
-            if points is not None and not _are_points(points, curve):
-                raise ValueError(
-                    f"curve {title!r}: {curve.values!r} of {curve.measurement!r} is no list of "
-                    f"points with {curve.x!r} and {curve.y!r}"
-                )
 
 
 def _are_points(points: Any, curve: Curve) -> bool:
     """Whether all have a place on the axis that goes right, and some one on the other."""
+    if not isinstance(points, list) or not all(isinstance(point, dict) for point in points):
+        return False
+    right = [point.get(curve.x) for point in points]
+    up = [point[curve.y] for point in points if point.get(curve.y) is not None]
     return (
-        isinstance(points, list)
-        and all(isinstance(point, dict) and curve.x in point for point in points)
+        all(isinstance(x, int | float) and x > 0 for x in right)
+        and all(isinstance(y, int | float) for y in up)
         and (not points or any(curve.y in point for point in points))
     )
 

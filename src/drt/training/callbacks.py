@@ -149,5 +149,8 @@ class Progress(TrainerCallback):
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint under `folder`, or None."""
-    whole = [path.parent for path in folder.glob(f"checkpoint-*/{PROGRESS_FILE}")]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    whole = (path.parent for path in folder.glob(f"checkpoint-*/{PROGRESS_FILE}"))
+    steps = {path.name.removeprefix("checkpoint-"): path for path in whole}
+    # A copy that somebody has made is called otherwise.
+    counts = [step for step in steps if step.isdecimal()]
+    return steps[max(counts, key=int)] if counts else None

@@ -15,6 +15,12 @@ METRICS_FILE = "metrics.jsonl"
 # What is left of a run's configuration whose writing was cut short.
 UNFINISHED = f"{CONFIG_FILE}.new"
 
+# Keys of `training` of which no weight depends.
+NOT_TRAINED_WITH = (
+    *("num_micro_batches", "log_every", "save_every", "evaluate_every"),
+    *("tensorboard", "peak_tflops"),
+)
+
 # Keys of a run that may name a file or folder.
 PATHS = ("text.corpus", "summaries.path", "corpus", "tokenizer", "initial")
 
@@ -77,8 +83,9 @@ def check_same_run(folder: Path, config: RunConfig) -> None:
 def differences(before: RunConfig, now: RunConfig) -> list[str]:
     """Where two runs differ in what they are trained with: "key was .. and is ..", by key.
 
-    Where they are kept may differ, and what they are asked afterwards, their `evaluation`; so may
-    their micro-batches, with which another number of processes makes as many parts of a step. Paths
+    Where they are kept may differ, what they are asked afterwards, their `evaluation`, and what is
+    measured and saved on the way; so may their micro-batches, with which another number of
+    processes makes as many parts of a step. Paths
     may be written in another way. Runs to begin with are the same ones by their last two names: the
     folder of a study may have moved.
     """
@@ -92,7 +99,9 @@ def differences(before: RunConfig, now: RunConfig) -> list[str]:
 
 def _trained_with(config: RunConfig) -> dict[str, Any]:
     found = asdict(config)
-    del found["evaluation"], found["output_dir"], found["training"]["num_micro_batches"]
+    del found["evaluation"], found["output_dir"]
+    for key in NOT_TRAINED_WITH:
+        del found["training"][key]
     flat = _flat(found)
     flat |= {key: os.path.normpath(flat[key]) for key in PATHS if flat.get(key)}
     if config.initial is not None:

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from drt.architectures import attach_tokenizer, make_config, make_model
-from drt.checkpoints import load_checkpoint
+from drt.checkpoints import find_model, is_hub_name, load_checkpoint
 from drt.configuration import DRTConfig
 from drt.data import Corpus, load_corpus, load_tokenizer
 from drt.data.prepared import TokenRows
 from drt.data.prepared.corpora import TOKENIZER_FOLDER
-from drt.data.summaries import SummaryData, load_summaries
+from drt.data.summaries import SummaryData
 from drt.data.summary_batches import SummaryBatches
 from drt.data.tokenization import BYTES
 from drt.run_config import RunConfig, TextData
@@ -57,26 +57,16 @@ def make_materials(config: RunConfig, corpus: Corpus | None = None) -> Materials
         ValueError: something is not there, or model and data do not go together.
     """
     initial = None if config.initial is None else load_checkpoint(config.initial)
-    tokenizer, model_config = plan_run(
-        config, initial and Planned(initial.tokenizer, initial.model.config)
-    )
+    planned = plan_run(config, initial and Planned(initial.tokenizer, initial.model.config))
     # Data first: it may be refused, and a large model takes time to make.
-    curriculum = None
-    validation: Sequence[dict[str, Tensor]] = ()
-    if config.text is not None:
-        source, validation = _text(config, config.text, tokenizer)
-    elif config.summaries is not None:
-        closes = getattr(model_config, "close_prompt_chunk", True)
-        source, validation = _summaries(config, config.summaries, tokenizer, closes=closes)
-    else:
-        curriculum = Curriculum(config.stages)
-        corpus = corpus or load_corpus(config.corpus, tokenizer)
-        source = _needles(config, corpus, curriculum, model_config)
-    model = make_model(model_config, seed=config.seed, initial=initial.model if initial else None)
-    attach_tokenizer(model, tokenizer)
+    data = _load_data(config, planned, corpus)
+    model = make_model(
+        planned.model_config, seed=config.seed, initial=initial.model if initial else None
+    )
+    attach_tokenizer(model, planned.tokenizer)
     if config.text is not None:
         _check_documents(model, config.text)
-    return Materials(tokenizer, model, source, curriculum, corpus, validation)
+    return Materials(planned.tokenizer, model, *data)
 
 
 def plan_run(config: RunConfig, initial: Planned | None) -> Planned:
@@ -94,6 +84,43 @@ def plan_run(config: RunConfig, initial: Planned | None) -> Planned:
         _check_initial(tokenizer, initial.tokenizer)
     before = None if initial is None else initial.model_config
     return Planned(tokenizer, make_config(config.model, tokenizer, initial=before))
+
+
+def plan_of(name: str) -> Planned:
+    """The same of a saved model, whose weights are left alone.
+
+    Args:
+        name: as `load_checkpoint` takes it.
+
+    Raises:
+        ValueError: no such model or tokenizer.
+        OSError: the hub has no such model, or cannot be reached.
+    """
+    found = name if is_hub_name(name) else str(find_model(Path(name)))
+    return Planned(load_tokenizer(found), AutoConfig.from_pretrained(found))
+
+
+class _Data(NamedTuple):
+    """What a run trains on, as `Materials` has it."""
+
+    source: StepSource
+    curriculum: Curriculum | None = None
+    corpus: Corpus | None = None
+    validation: Sequence[dict[str, Tensor]] = ()
+
+
+def _load_data(config: RunConfig, planned: Planned, corpus: Corpus | None = None) -> _Data:
+    tokenizer, model_config = planned
+    if config.text is not None:
+        source, validation = _text(config, config.text, tokenizer)
+        return _Data(source, validation=validation)
+    if config.summaries is not None:
+        closes = getattr(model_config, "close_prompt_chunk", True)
+        source, validation = _summaries(config, config.summaries, tokenizer, closes=closes)
+        return _Data(source, validation=validation)
+    curriculum = Curriculum(config.stages)
+    corpus = corpus or load_corpus(config.corpus, tokenizer)
+    return _Data(_needles(config, corpus, curriculum, model_config), curriculum, corpus)
 
 
 def _needles(
@@ -136,16 +163,7 @@ def check_data(config: RunConfig, planned: Planned) -> None:
         ValueError: as `make_materials`.
         ImportError: summaries of the hub are wanted and `datasets` is not installed.
     """
-    if config.text is not None:
-        _text(config, config.text, planned.tokenizer)
-    elif config.stages:
-        corpus = load_corpus(config.corpus, planned.tokenizer)
-        _needles(config, corpus, Curriculum(config.stages), planned.model_config)
-    elif config.summaries is not None:
-        data = config.summaries
-        held_out = [data.validation_split] if config.training.evaluate_every else []
-        for split in (data.split, *held_out):
-            load_summaries(data, split)
+    _load_data(config, planned)
 
 
 def _tokenizer(config: RunConfig, initial: Planned | None) -> PreTrainedTokenizerBase:
@@ -197,7 +215,7 @@ def _text(
         num_epochs=-(-config.training.num_steps * per_step // once.num_rows),
     )
     steps = TextSteps(rows, rows_per_step=per_step)
-    if not config.training.evaluate_every:
+    if not (config.training.evaluate_every and text.validation_rows):
         return steps, ()
     held_out = TokenRows(
         folder / text.validation_split,

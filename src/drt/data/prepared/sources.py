@@ -113,7 +113,7 @@ class FileSource:
         row, text = parse_row(line, path, after.row, self._text_field)
         called = row.get(self._name_field)
         document = f"{name}:{after.row if called is None else called}"
-        yield from cut_pieces([text.decode()], document, after)
+        yield from cut_pieces([text], document, after)
 
 
 def _texts(path: Path) -> Iterator[str]:
