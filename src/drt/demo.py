@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from drt import hardware
-from drt.architectures import make_config
 from drt.checkpoints import load_drt
 from drt.data import Corpus, load_corpus, load_tokenizer
 from drt.data.tokenization import BYTES
@@ -22,6 +21,7 @@ from drt.precision import autocast, uses_bfloat16
 from drt.run_config import CONFIG_FILE, EvaluationConfig
 from drt.training import RunConfig, train
 from drt.training.folder import check_same_run, is_finished, training_seconds
+from drt.training.materials import plan_of, plan_run
 
 DRT, BASELINE = "drt", "baseline"
 INSPECTED_LENGTH = 65536
@@ -85,8 +85,8 @@ def run_demo(
 
 def _check_evaluation(evaluation: EvaluationConfig, corpus: Corpus, config: RunConfig) -> None:
     """Refuse, before anything is trained, what the model of a run could not be asked."""
-    initial = None if config.initial is None else load_drt(config.initial).model.config
-    size = common_chunk_size([make_config(config.model, corpus.tokenizer, initial=initial)])
+    initial = None if config.initial is None else plan_of(config.initial)
+    size = common_chunk_size([plan_run(config, initial).model_config])
     try:
         asked = comparison.needle_evaluations(evaluation)
         points = [(each.task, length) for each in asked.values() for length in each.lengths]

@@ -35,8 +35,9 @@ class DRTGeneration(GenerationMixin):
 
         Raises:
             ValueError: the prompt begins with what the state has read, a prompt is empty, the mask
-                is narrower than the prompts, another kind of cache is asked for, or a decoding
-                graph that cannot be had or does not fit.
+                is narrower than the prompts, another kind of cache or `use_cache=False` is asked
+                for, `chunk_ends`, `document_ids` or `labels` are given, `prefill_chunk_size` is
+                below 1, or a decoding graph that cannot be had or does not fit.
         """
         given = kwargs.get("past_key_values")
         if given is not None:

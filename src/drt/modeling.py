@@ -322,8 +322,9 @@ class DRTForCausalLM(
             notes: anything that JSON can hold, given back by `load_state`.
 
         Raises:
-            ValueError: the state has several rows, the folder holds another memory, or an error
-                has interrupted what last read into the state.
+            ValueError: the state has several rows, the folder holds another memory, its memory was
+                created there with a fingerprint that does not name this model, or an error has
+                interrupted what last read into the state.
             OSError: the folder cannot be written.
         """
         state.check_finished()
