@@ -221,6 +221,7 @@ def test_data_that_rows_share_is_checked_once(
     assert [Path(each).parent.name for each in looked] == ["window", "longer"]
 
 
+@pytest.mark.slow
 def test_several_processes_train_a_run(study_file: Path) -> None:
     folder, page = study_file.parent / "runs", study_file.parent / "page.md"
     words = ["study", str(study_file), "seeds=[0]", "--output", str(folder), "--page", str(page)]
