@@ -120,8 +120,8 @@ def test_demo_writes_results_figure_and_report(
     ("change", "message"),
     [
         ("evaluation.lengths=[128,200]", "evaluation: .*200"),
-        ("evaluation.lengths=[]", "evaluation: lengths is empty"),
-        ("evaluation.questions=0", "evaluation: questions must be at least 1, got 0"),
+        ("evaluation.lengths=[]", "evaluation.lengths is empty"),
+        ("evaluation.questions=0", "evaluation.questions must be at least 1, got 0"),
         ("evaluation.single.num_digits=18", "evaluation: "),
     ],
 )
