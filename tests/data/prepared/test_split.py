@@ -184,8 +184,10 @@ def test_folders_of_splits(split: PreparedSplit, tmp_path: Path) -> None:
         split_folders(tmp_path / "corpus")
     with pytest.raises(ValueError, match=r"it has no manifest\.json, but the splits .*: name one"):
         Manifest.read(tmp_path / "out")
+    (tmp_path / "none" / "memory").mkdir(parents=True)
+    (tmp_path / "none" / "memory" / "manifest.json").write_text('{"format": "drt-memory"}')
     with pytest.raises(ValueError, match=r"it has no manifest\.json$"):
-        Manifest.read(tmp_path)
+        Manifest.read(tmp_path / "none")
 
 
 def make(folder: Path, *names: str) -> None:

@@ -94,16 +94,21 @@ class Shard:
 
 def _splits_near(folder: Path) -> str:
     """What may have been meant by a split that is not there."""
-    inside = sorted(found.parent.name for found in folder.glob(f"*/{MANIFEST_FILE}"))
-    if inside:
+    if inside := _splits_in(folder):
         return f", but the splits {', '.join(inside)}: name one, as {folder / inside[0]}"
-    there = sorted(found.parent.name for found in folder.parent.glob(f"*/{MANIFEST_FILE}"))
+    there = _splits_in(folder.parent)
     if not there:
         return ""
     return (
         f"; {folder.parent} has {', '.join(there)}. `drt data prepare --hold-out-one-in N` makes a "
         "validation split of texts that have none"
     )
+
+
+def _splits_in(folder: Path) -> list[str]:
+    # Memories have a file of that name too.
+    files = folder.glob(f"*/{MANIFEST_FILE}")
+    return sorted(file.parent.name for file in files if f'"{FORMAT}"' in file.read_text("utf-8"))
 
 
 @dataclass(frozen=True)
