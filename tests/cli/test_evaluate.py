@@ -138,6 +138,7 @@ def test_tasks_are_listed(capsys: Any) -> None:
         (["{d}", "--figure", "nowhere/x.png"], "there is no folder nowhere to write x.png to"),
         (["{d}", "--json", "{folder}"], "is no regular file: name one"),
         (["{d}", "--json", "/dev/null"], "/dev/null is no regular file: name one"),
+        (["{d}", "--json", "/dev/stdout"], "/dev/stdout is no regular file: name one"),
         (["{d}", "--task", "single", "--figure", "x.xyz"], "x.xyz: its ending must be one of"),
         (["{d}", "--task", "single", "--seed", "-1"], "seeds must be at least 0, got -1"),
         (["{d}", "--task", "babi", "--set", "facts=nowhere"], "no stories at nowhere"),

@@ -165,7 +165,8 @@ def _check_files(*files: Path | None) -> None:
             continue
         if not file.parent.is_dir():
             raise ValueError(f"there is no folder {file.parent} to write {file.name} to")
-        if file.exists() and not file.is_file():
+        # /dev/stdout may lead to a regular file, which would be replaced under what is written.
+        if file.exists() and (not file.is_file() or file.absolute().is_relative_to("/dev")):
             raise ValueError(f"{file} is no regular file: name one, which is written anew")
         if not os.access(file.resolve().parent, os.W_OK):
             raise ValueError(f"{file} cannot be written: no permission")
