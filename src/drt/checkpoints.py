@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils.logging import disable_progress_bar
 
 from drt.architectures import attach_tokenizer
@@ -45,6 +45,29 @@ def find_model(folder: Path) -> Path:
     )
 
 
+def locate_model(name: str | Path) -> Path:
+    """What `load_checkpoint` loads under a name: the folder that holds config.json, or a hub name.
+
+    Raises:
+        ValueError: as `find_model`.
+    """
+    return Path(name) if is_hub_name(str(name)) else find_model(Path(name))
+
+
+def load_model_config(model: Path) -> PreTrainedConfig:
+    """The configuration of a model that `locate_model` has found, without its weights.
+
+    Raises:
+        ValueError: transformers cannot load it.
+    """
+    try:
+        return AutoConfig.from_pretrained(str(model))
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        place = "holds no model" if model.exists() else "is no folder, and the hub does not give it"
+        raise ValueError(f"{model} {place}: {reason}") from error
+
+
 def load_checkpoint(name: str | Path) -> Checkpoint:
     """Load a causal language model with its tokenizer, onto the GPU if there is one.
 
@@ -58,7 +81,7 @@ def load_checkpoint(name: str | Path) -> Checkpoint:
         OSError: the hub has no such model, or cannot be reached.
     """
     disable_progress_bar()
-    found = Path(name) if is_hub_name(str(name)) else find_model(Path(name))
+    found = locate_model(name)
     run = found / CONFIG_FILE
     precision = load_config(run).precision if run.is_file() else "float32"
     tokenizer: Any = load_tokenizer(str(found))

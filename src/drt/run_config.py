@@ -253,11 +253,16 @@ class RunConfig:
 
     def _check_unread(self) -> None:
         """Refuse what is given for needle rows to a run that has none."""
-        given = {"chunk_size": self.chunk_size}
-        for name in ("text_loss_weight", "first_token_weight"):
-            given[f"training.{name}"] = getattr(self.training, name)
-        for name, value in given.items() if not self.stages else ():
-            if value != getattr(TrainingConfig, name.removeprefix("training."), None):
+        if self.stages:
+            return
+        for name, value, default in (
+            ("chunk_size", self.chunk_size, RunConfig.chunk_size),
+            *(
+                (f"training.{key}", getattr(self.training, key), getattr(TrainingConfig, key))
+                for key in ("text_loss_weight", "first_token_weight")
+            ),
+        ):
+            if value != default:
                 raise ValueError(f"{name} {value} is of needle rows: there are none")
 
     def _check_chunk_size(self) -> None:

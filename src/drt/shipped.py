@@ -18,8 +18,15 @@ def find_config(name: str, *, folder: str = "") -> Path:
         ValueError: neither exists; the shipped names are listed.
     """
     path = Path(name)
-    if path.is_file():
-        return path
+    return path if path.is_file() else find_shipped(name, folder=folder)
+
+
+def find_shipped(name: str, *, folder: str = "") -> Path:
+    """The shipped configuration of a name, as `find_config` finds it where there is no such file.
+
+    Raises:
+        ValueError: there is none; the shipped names are listed.
+    """
     shipped = shipped_file(name, folder=folder)
     if shipped.is_file():
         return shipped

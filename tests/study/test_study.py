@@ -23,7 +23,7 @@ from drt.study import Job, load_study, plan_jobs, run_job
 from drt.study.config import Column, Curve, run_config, run_folder
 from drt.study.figures import draw_curve
 from drt.study.jobs import alone, check_jobs, facts_of, is_done, results_of, run_all
-from drt.study.report import Results, _best, find, write_page
+from drt.study.report import Results, _best, find, find_problems, write_page
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -559,6 +559,7 @@ def test_a_column_that_finds_nothing_is_an_error(study_file: Path) -> None:
         ("curves.by length.x=label", "no list of points with numbers above 0 as 'label'"),
         ("curves.by length.y=perplexty", "no list of .* and numbers as 'perplexty'"),
         ("columns.at 128.value=rows.perplexity", "'perplexity' is no item of a list"),
+        ("curves.by length.values=rows.x.y", "'x' is no item of a list"),
     ],
 )
 def test_what_is_no_figure_is_an_error(study_file: Path, override: str, message: str) -> None:
@@ -566,6 +567,8 @@ def test_what_is_no_figure_is_an_error(study_file: Path, override: str, message:
     for job in plan_jobs(study):
         run_job(study, job, folder)
     wrong = load_study(study_file, ["seeds=[0]", override])
+    # Said after the first run, which nothing of it may stop.
+    assert re.search(message, "; ".join(find_problems(Results(wrong, folder))))
     with pytest.raises(ValueError, match=message):
         write_page(wrong, folder, study_file.parent / "page.md", command="drt study small")
 

@@ -59,13 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Evaluate and print a table for each task."""
+    from drt.checkpoints import locate_model
     from drt.evaluation.tasks import check_data, describe_tasks, for_models
 
     if options.list_tasks:
         print(describe_tasks())
         return
     models = _by_name(options.checkpoints)
-    sources = [_source(model) for model in models.values()]
+    sources = [locate_model(model) for model in models.values()]
     tasks = {name: for_models(task, sources) for name, task in _tasks(options, sources).items()}
     _check_files(options.json, options.figure)
     _check_figure(options.figure, tasks)
@@ -99,14 +100,7 @@ def _by_name(checkpoints: list[str]) -> dict[str, str]:
     return dict(zip(names, checkpoints, strict=True))
 
 
-def _source(checkpoint: str) -> Path | str:
-    """The folder with config.json, or the name on the hub."""
-    from drt.checkpoints import find_model, is_hub_name
-
-    return checkpoint if is_hub_name(checkpoint) else find_model(Path(checkpoint))
-
-
-def _tasks(options: argparse.Namespace, sources: list[Path | str]) -> dict[str, Any]:
+def _tasks(options: argparse.Namespace, sources: list[Path]) -> dict[str, Any]:
     """The tasks to evaluate, by name."""
     from drt.evaluation.comparison import needle_evaluations
     from drt.evaluation.tasks import make_task, parse_settings
@@ -131,11 +125,11 @@ def _tasks(options: argparse.Namespace, sources: list[Path | str]) -> dict[str, 
     return made
 
 
-def _first_run(sources: list[Path | str]) -> Any:
+def _first_run(sources: list[Path]) -> Any:
     """The configuration of the first model that `drt train` made; None = there is none."""
     from drt.run_config import CONFIG_FILE, load_config
 
-    files = (source / CONFIG_FILE for source in sources if isinstance(source, Path))
+    files = (source / CONFIG_FILE for source in sources)
     found = next((file for file in files if file.is_file()), None)
     return None if found is None else load_config(found)
 

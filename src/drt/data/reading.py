@@ -80,6 +80,15 @@ def list_text_files(path: Path) -> list[Path]:
     return [path]
 
 
+def check_distinct(paths: Iterable[Path]) -> None:
+    """Raise ValueError if a file is among the paths twice, by one name or by a link."""
+    seen: set[Path] = set()
+    for path in paths:
+        if path.resolve() in seen:
+            raise ValueError(f"{path} is given twice")
+        seen.add(path.resolve())
+
+
 def left_out(paths: Iterable[Path]) -> str:
     """Which files of folders `list_text_files` leaves out, as a sentence; "" where there are none.
 
@@ -199,13 +208,16 @@ def _files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
 def is_own(folder: Path) -> bool:
     """Whether a folder holds a split of prepared tokens, or a memory."""
     # A memory has no manifest before its first chunk.
-    if (folder / "state.safetensors").is_file():
-        return True
+    return (folder / "state.safetensors").is_file() or written_format(folder).startswith("drt-")
+
+
+def written_format(folder: Path) -> str:
+    """What a folder holds by its manifest.json, as drt writes one; "" without a readable one."""
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
     except (OSError, ValueError):
-        return False
-    return isinstance(manifest, dict) and str(manifest.get("format")).startswith("drt-")
+        return ""
+    return str(manifest.get("format", "")) if isinstance(manifest, dict) else ""
 
 
 def _nothing_readable(folder: Path) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from drt.data.reading import is_rows, list_text_files, parse_row, unpacked
+from drt.data.reading import check_distinct, is_rows, list_text_files, parse_row, unpacked
 
 STDIN = "-"
 PIECE_BYTES = 1 << 20
@@ -53,12 +53,7 @@ def list_inputs(paths: list[str]) -> list[TextInput]:
             raise ValueError(f"there is no file or folder {path}")
         files = list_text_files(Path(path))
         inputs += [TextInput(str(file), file.stat().st_size) for file in files]
-    seen: set[str | Path] = set()
-    for item in inputs:
-        place = item.name if item.name == STDIN else Path(item.name).resolve()
-        if place in seen:
-            raise ValueError(f"{item.name} is given twice")
-        seen.add(place)
+    check_distinct(Path(item.name) for item in inputs)
     return inputs
 
 

@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-import drt.architectures  # noqa: F401  (registers the kinds of models)
-from drt.checkpoints import Checkpoint
+from drt.checkpoints import Checkpoint, load_model_config
 from drt.evaluation.needles import common_chunk_size
 from drt.run_config import apply_override, build, overlay
 from drt.unknown_keys import did_you_mean
@@ -124,20 +123,8 @@ def for_models(task: Any, models: Iterable[str | Path]) -> Any:
     """
     if getattr(task, "chunk_size", 0) is not None:
         return task
-    return replace(task, chunk_size=common_chunk_size([_config(model) for model in models]))
-
-
-def _config(model: str | Path) -> PreTrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(str(model))
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        place = (
-            "holds no model"
-            if Path(model).exists()
-            else "is no folder, and the hub does not give it"
-        )
-        raise ValueError(f"{model} {place}: {reason}") from error
+    size = common_chunk_size([load_model_config(Path(model)) for model in models])
+    return replace(task, chunk_size=size)
 
 
 def describe_tasks() -> str:

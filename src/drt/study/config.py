@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from drt.run_config import RunConfig, apply_override, build, overlay, read_mapping
-from drt.shipped import find_config
+from drt.shipped import find_shipped
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def _find_base(name: str, folder: Path) -> Path:
     places = [where / each for where in (folder, folder.parent) for each in (name, f"{name}.yaml")]
     found = next((place for place in places if place.is_file()), None)
     try:
-        return found or find_config(name)
+        return found or find_shipped(name)
     except ValueError as error:
         raise ValueError(f"base, also sought in {folder} and {folder.parent}: {error}") from error
 

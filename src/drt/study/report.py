@@ -126,44 +126,42 @@ def write_page(study: StudyConfig, folder: Path, page: Path, *, command: str) ->
     page.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
 
 
-def find_problems(results: Results) -> list[str]:
-    """What is wrong with columns and pictures, as far as the records of finished runs tell."""
-    return [*_that_find_nothing(results), *_without_points(results)]
+def find_problems(results: Results, *, nothing_is_wrong: bool = True) -> list[str]:
+    """What is wrong with columns and pictures, as far as the records of finished runs tell.
 
-
-def _that_find_nothing(results: Results) -> list[str]:
-    """Columns and pictures that find nothing in any record so far, each with what is there."""
+    Args:
+        results: what has been measured so far.
+        nothing_is_wrong: whether it is wrong to find nothing in any record, which a later run may
+            have.
+    """
     study = results.study
-    shown = [(f"column {title!r}", each, each.value) for title, each in study.columns.items()]
-    shown += [(f"curve {title!r}", each, each.values) for title, each in study.curves.items()]
-    problems = []
-    for name, each, path in shown:
-        records = [r for row in results.done for r in results.records(row, each.measurement)]
-        try:
-            found = [find(record, path) for record in records]
-        except ValueError as error:
-            problems.append(f"{name}: {error}")
-            continue
-        if records and all(each in (None, []) for each in found):
-            problems.append(
-                f"{name} finds no {path!r} in any record of {each.measurement!r}, but "
-                f"{_what_is_there(records[0], path)}"
-            )
-    return problems
+    shown = {f"column {title!r}": each for title, each in study.columns.items()}
+    shown |= {f"curve {title!r}": each for title, each in study.curves.items()}
+    found = {name: _problem(results, each, nothing_is_wrong) for name, each in shown.items()}
+    return [f"{name}{problem}" for name, problem in found.items() if problem]
 
 
-def _without_points(results: Results) -> list[str]:
-    """Pictures that find what cannot be drawn."""
-    problems = []
-    for title, curve in results.study.curves.items():
-        records = [each for row in results.done for each in results.records(row, curve.measurement)]
-        found = [find(record, curve.values) for record in records]
-        if not all(points is None or _are_points(points, curve) for points in found):
-            problems.append(
-                f"curve {title!r}: {curve.values!r} of {curve.measurement!r} is no list of points "
-                f"with numbers above 0 as {curve.x!r} and numbers as {curve.y!r}"
+def _problem(results: Results, shown: Column | Curve, nothing_is_wrong: bool) -> str:
+    """What is wrong with a column or a picture, to be said after its name; "" for nothing."""
+    path = shown.value if isinstance(shown, Column) else shown.values
+    records = [r for row in results.done for r in results.records(row, shown.measurement)]
+    try:
+        found = [part for record in records if (part := find(record, path)) is not None]
+    except ValueError as error:
+        return f": {error}"
+    if nothing_is_wrong and records and not any(part != [] for part in found):
+        there = _what_is_there(records[0], path)
+        return f" finds no {path!r} in any record of {shown.measurement!r}, but {there}"
+    what = f": {path!r} of {shown.measurement!r} is no"
+    for part in found:
+        if isinstance(shown, Column) and not isinstance(part, int | float):
+            return f"{what} number but a {type(part).__name__}"
+        if isinstance(shown, Curve) and not _are_points(part, shown):
+            return (
+                f"{what} list of points with numbers above 0 as {shown.x!r} and numbers as "
+                f"{shown.y!r}"
             )
-    return problems
+    return ""
 
 
 def _what_is_there(record: Any, path: str) -> str:
@@ -184,8 +182,7 @@ def _check_columns(results: Results) -> None:
     """Refuse what would be a table of nothing."""
     if not any(results.done.values()):
         raise ValueError(f"no run of this study is done in {results.folder}")
-    # While runs are missing, some later one may have what a column shows.
-    if problems := find_problems(results) if results.is_whole else _without_points(results):
+    if problems := find_problems(results, nothing_is_wrong=results.is_whole):
         raise ValueError("; ".join(problems))
 
 
@@ -254,14 +251,7 @@ def _facts(results: Results, row: str) -> list[str]:
 
 def _values(results: Results, row: str, column: Column) -> list[float]:
     found = [find(each, column.value) for each in results.records(row, column.measurement)]
-    values = [value for value in found if value is not None]
-    for value in values:
-        if not isinstance(value, int | float):
-            raise ValueError(
-                f"{column.value!r} of {column.measurement!r} is no number but a "
-                f"{type(value).__name__}"
-            )
-    return [float(value) for value in values]
+    return [float(value) for value in found if value is not None]
 
 
 def _best(results: Results, column: Column) -> set[str]:

@@ -150,7 +150,7 @@ class Progress(TrainerCallback):
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint under `folder`, or None."""
     whole = (path.parent for path in folder.glob(f"checkpoint-*/{PROGRESS_FILE}"))
-    steps = {path.name.removeprefix("checkpoint-"): path for path in whole}
     # A copy that somebody has made is called otherwise.
-    counts = [step for step in steps if step.isdecimal()]
-    return steps[max(counts, key=int)] if counts else None
+    numbered = ((path.name.removeprefix("checkpoint-"), path) for path in whole)
+    steps = {int(number): path for number, path in numbered if number.isdecimal()}
+    return steps[max(steps)] if steps else None

@@ -85,9 +85,8 @@ def differences(before: RunConfig, now: RunConfig) -> list[str]:
 
     Where they are kept may differ, what they are asked afterwards, their `evaluation`, and what is
     measured and saved on the way; so may their micro-batches, with which another number of
-    processes makes as many parts of a step. Paths
-    may be written in another way. Runs to begin with are the same ones by their last two names: the
-    folder of a study may have moved.
+    processes makes as many parts of a step. Paths may be written in another way. Runs to begin with
+    are the same ones by their last two names: the folder of a study may have moved.
     """
     old, new = _trained_with(before), _trained_with(now)
     return [

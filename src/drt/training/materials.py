@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from drt.architectures import attach_tokenizer, make_config, make_model
-from drt.checkpoints import find_model, is_hub_name, load_checkpoint
+from drt.checkpoints import load_checkpoint, load_model_config, locate_model
 from drt.configuration import DRTConfig
 from drt.data import Corpus, load_corpus, load_tokenizer
 from drt.data.prepared import TokenRows
@@ -66,7 +66,7 @@ def make_materials(config: RunConfig, corpus: Corpus | None = None) -> Materials
     attach_tokenizer(model, planned.tokenizer)
     if config.text is not None:
         _check_documents(model, config.text)
-    return Materials(planned.tokenizer, model, *data)
+    return Materials(planned.tokenizer, model, **data._asdict())
 
 
 def plan_run(config: RunConfig, initial: Planned | None) -> Planned:
@@ -94,10 +94,9 @@ def plan_of(name: str) -> Planned:
 
     Raises:
         ValueError: no such model or tokenizer.
-        OSError: the hub has no such model, or cannot be reached.
     """
-    found = name if is_hub_name(name) else str(find_model(Path(name)))
-    return Planned(load_tokenizer(found), AutoConfig.from_pretrained(found))
+    found = locate_model(name)
+    return Planned(load_tokenizer(str(found)), load_model_config(found))
 
 
 class _Data(NamedTuple):

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from drt.data.reading import written_format
 from drt.memory.files import write_whole
 
 FORMAT = "drt-tokens"
@@ -107,8 +108,8 @@ def _splits_near(folder: Path) -> str:
 
 def _splits_in(folder: Path) -> list[str]:
     # Memories have a file of that name too.
-    files = folder.glob(f"*/{MANIFEST_FILE}")
-    return sorted(file.parent.name for file in files if f'"{FORMAT}"' in file.read_text("utf-8"))
+    found = (file.parent for file in folder.glob(f"*/{MANIFEST_FILE}"))
+    return sorted(split.name for split in found if written_format(split) == FORMAT)
 
 
 @dataclass(frozen=True)

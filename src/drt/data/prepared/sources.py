@@ -12,6 +12,7 @@ from drt.data.prepared.pieces import Piece, cut_pieces
 from drt.data.reading import (
     ROWS_SUFFIX,
     XZ_SUFFIX,
+    check_distinct,
     is_rows,
     list_text_files,
     parse_row,
@@ -203,7 +204,7 @@ def find_splits(
         if not path.exists():
             raise ValueError(f"there is no file or folder {path}")
     found = [item for path in paths for item in _files(path, rows_only=rows_only)]
-    _check_distinct([path for _, path in found])
+    check_distinct(path for _, path in found)
     if only is not None:
         return {only: found}
     splits: dict[str, Files] = {split: [] for split in dict.fromkeys(SPLIT_NAMES.values())}
@@ -236,11 +237,3 @@ def _files(path: Path, *, rows_only: bool) -> Files:
     if not files:
         raise ValueError(f"there is no {ROWS_SUFFIX} or {ROWS_SUFFIX}{XZ_SUFFIX} file in {path}")
     return [(file.relative_to(path).as_posix(), file) for file in files]
-
-
-def _check_distinct(paths: list[Path]) -> None:
-    seen: set[Path] = set()
-    for path in paths:
-        if path.resolve() in seen:
-            raise ValueError(f"{path} is given twice")
-        seen.add(path.resolve())
