@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from drt.evaluation.pictures import length_axis, pyplot, save, short_length
+from drt.evaluation.pictures import from_zero, length_axis, pyplot, save, short_length
 
 _COLORS = {"drt": "#0b6e4f", "baseline": "#b5452c"}
 _LABELS = {"drt": "DRT", "baseline": "sliding window"}
@@ -35,7 +35,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
     )  # fmt: skip
     accuracy.set(title="Needles answered exactly", ylabel="exact match", ylim=(-0.04, 1.04))
     seconds.set(title="Time for one context", ylabel="seconds", yscale="log")
-    memory.set(title="Peak memory of the process", ylabel="GiB", ylim=(0, None))
+    memory.set(title="Peak memory of the process", ylabel="GiB")
+    from_zero(memory)
     lengths = [row["length"] for row in next(iter(results["models"].values()))["single"]]
     for axis in (accuracy, seconds, memory):
         length_axis(axis, {length: short_length(length) for length in lengths})

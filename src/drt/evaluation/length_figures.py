@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from drt.evaluation.pictures import length_axis, pyplot, save, short_length, style
+from drt.evaluation.pictures import from_zero, length_axis, pyplot, save, short_length, style
 
 # Values that differ by less than this factor are drawn from zero: noise must not look like growth.
 _SMALL_RANGE = 5
@@ -89,7 +89,7 @@ def _scale(axis: Any) -> None:
 
     values = [value for line in axis.get_lines() for value in line.get_ydata()]
     if not values or max(values) < _SMALL_RANGE * min(values):
-        axis.set_ylim(0, None)
+        from_zero(axis)
         return
     axis.set_yscale("log")
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -37,6 +37,11 @@ def length_axis(axis: Any, ticks: dict[float, str]) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
+def from_zero(axis: Any) -> None:
+    """A vertical axis from zero, with room for the marker of the largest of its points."""
+    axis.set_ylim(0, 1.06 * axis.dataLim.y1 if axis.get_lines() else None)
+
+
 def save(figure: Any, path: Path, **options: Any) -> None:
     """Write a figure to a file, whose ending chooses the format, and let it go."""
     figure.savefig(path, **options)
