@@ -59,6 +59,22 @@ def test_a_stopped_run_goes_on_with_the_same_curve(
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
 
 
+def test_a_run_that_goes_on_logs_and_saves_as_often_as_it_is_asked_to(
+    run_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = replace(run_config.training, num_steps=13, log_every=2, save_every=4)
+    with monkeypatch.context() as patch:
+        add_callback(StopAfter(5), patch)
+        with pytest.raises(StoppedError):
+            train(replace(run_config, training=training))
+    now = replace(training, log_every=3, save_every=5)
+    train(replace(run_config, training=now), resume=True)
+    # A line before each checkpoint, too.
+    assert [line["step"] for line in metrics(run_config)] == [2, 4, 5, 6, 9, 10, 12, 13]
+    folders = Path(run_config.output_dir).glob("checkpoint-*")
+    assert {folder.name for folder in folders} == {"checkpoint-10", "checkpoint-13"}
+
+
 def test_a_run_leaves_what_is_needed_to_use_and_repeat_it(run_config: RunConfig) -> None:
     short = replace(run_config, training=replace(run_config.training, num_steps=3))
     final = train(short)

@@ -77,6 +77,12 @@ class CheckpointFiles(TrainerCallback):
     ) -> None:
         self.tokenizer, self.config, self.curriculum = tokenizer, config, curriculum
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Save and log as often as is asked for now: a checkpoint's state has what was before."""
+        state.compute_steps(args, state.max_steps)
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
