@@ -51,6 +51,8 @@ class Curve:
     """The key of a point that goes up."""
     x_label: str | None = None
     """What the axis that goes right is called; None = the key."""
+    y_label: str | None = None
+    """What the axis that goes up is called; None = the key."""
     log_y: bool = False
     """Whether the axis that goes up is logarithmic."""
 

@@ -40,8 +40,9 @@ def draw_curve(path: Path, series: dict[str, list[Any]], *, curve: Curve, title:
             elinewidth=1,
             **style(number),
         )
-    right_label = curve.x_label or curve.x.replace("_", " ")
-    axis.set(title=title, xlabel=right_label, ylabel=curve.y.replace("_", " "))
+    x_label = curve.x_label or curve.x.replace("_", " ")
+    y_label = curve.y_label or curve.y.replace("_", " ")
+    axis.set(title=title, xlabel=x_label, ylabel=y_label)
     length_axis(axis, {x: short_length(int(x)) for x in sorted(ticks)})
     if curve.log_y:
         axis.set_yscale("log")
