@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -130,6 +131,30 @@ def test_two_processes_are_two_micro_batches(
         assert {line["length"] for line in curve(two)} == {64, 128}
 
 
+def test_rows_that_use_a_part_of_the_model_train_in_two_processes(
+    needles: RunConfig, haystack: Corpus
+) -> None:
+    recurrent = replace(
+        needles,
+        chunk_size=16,
+        model={
+            "model_type": "block_recurrent",
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_state_vectors": 4,
+            "sliding_window": 64,
+        },
+    )
+    one, two = in_parts(recurrent, "one", 2), in_parts(recurrent, "two", 1)
+    assert run_in(one, 1, haystack) == [0]
+    assert run_in(two, 2, haystack) == [0, 0]
+    assert_same_run(one, two)
+    # Rows of one block come first, then those of two, which carry a state on.
+    assert {line["length"] for line in curve(two)} == {64, 128}
+
+
 def test_without_noise_the_split_into_parts_does_not_matter(text: RunConfig) -> None:
     text = replace(text, model={**text.model, "retrieval_noise": 0.0})
     whole, parts = in_parts(text, "whole", 1), in_parts(text, "parts", 2)
@@ -158,6 +183,22 @@ def test_an_error_of_the_first_process_ends_all(needles: RunConfig, haystack: Co
     for rank in range(2):
         said = (Path(config.output_dir).parent / f"rank{rank}.txt").read_text()
         assert "holds an earlier run" in said
+
+
+def test_a_run_that_not_all_processes_see_does_not_go_on(
+    needles: RunConfig, haystack: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = in_parts(needles, "run", 1, num_steps=3)
+    assert run_in(config, 2, haystack) == [0, 0]
+    shutil.rmtree(Path(config.output_dir) / "model")
+
+    def seen(folder: Path) -> Path | None:
+        return None if os.environ["RANK"] == "1" else latest_checkpoint(folder)
+
+    monkeypatch.setattr(run, "latest_checkpoint", seen)
+    assert run_in(config, 2, haystack, resume=True) == [1, 1]
+    said = (Path(config.output_dir).parent / "rank0.txt").read_text()
+    assert "newest checkpoints: checkpoint-3, none" in said
 
 
 def kill_process(*_: Any, **__: Any) -> None:

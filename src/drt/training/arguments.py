@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.integration_utils import is_tensorboard_available
 from transformers.training_args import TrainingArguments
 
+from drt.baselines import BlockRecurrentForCausalLM
 from drt.precision import uses_bfloat16
 from drt.run_config import RunConfig
 
@@ -50,7 +51,8 @@ def training_arguments(config: RunConfig, model: PreTrainedModel) -> TrainingArg
         # Only what is saved of it matters: a model that is saved without does not generate.
         use_cache=True,
         use_cpu=not torch.cuda.is_available(),
-        ddp_find_unused_parameters=False,
+        # Rows of one block carry no state on: what carries it has no part in them.
+        ddp_find_unused_parameters=isinstance(model, BlockRecurrentForCausalLM),
         # Each process takes its own parts.
         accelerator_config={"dispatch_batches": False, "even_batches": False},
         **(fsdp_arguments(model) if training.sharding == "fsdp" else {}),

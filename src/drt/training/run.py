@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers.training_args import TrainingArguments
 
 from drt.data import Corpus
@@ -58,12 +58,14 @@ def train(
 
     Raises:
         ValueError: the folder holds an earlier run and neither `resume` nor `overwrite` is set, the
-            run to resume had another configuration, the rows of a step cannot be shared out, or
-            model and data do not go together.
+            run to resume had another configuration or is not seen by all processes, the rows of a
+            step cannot be shared out, or model and data do not go together.
     """
     processes = PartialState(cpu=not torch.cuda.is_available())
     folder = Path(config.output_dir)
     final, partial = folder / FINAL_FOLDER, folder / f"{FINAL_FOLDER}.partial"
+    if resume:
+        _check_shared(folder)
     if resume and not overwrite and is_finished(folder):
         _in_turn(lambda: check_same_run(folder, config), lambda: None)
         if processes.is_main_process:
@@ -122,6 +124,18 @@ def _in_turn(first: Callable[[], T], others: Callable[[], T]) -> T:
     if failure[0]:
         raise ValueError(failure[0])
     return others()
+
+
+def _check_shared(folder: Path) -> None:
+    """Refuse to go on with a run that processes on other machines do not see."""
+    here = (is_finished(folder), getattr(latest_checkpoint(folder), "name", "none"))
+    seen = gather_object([here])
+    if any(each != here for each in seen):
+        each_sees = ", ".join(name for _, name in seen)
+        raise ValueError(
+            f"the processes do not see the same run in {folder} (newest checkpoints: {each_sees}): "
+            "machines that train together share output_dir"
+        )
 
 
 def _check_processes(config: RunConfig, num_processes: int) -> None:
