@@ -12,7 +12,7 @@ import yaml
 
 from drt.configuration import DRTConfig
 from drt.data import MULTI_TASK, NeedleTask
-from drt.data.prepared.rows import Documents
+from drt.data.prepared.rows import Documents, LastPiece
 from drt.data.summaries import SummaryData
 from drt.memory.files import write_whole
 from drt.precision import Precision
@@ -132,6 +132,9 @@ class TextData:
     documents: Documents = "packed"
     """How documents share rows: "packed", "crossing" or "apart", as `TokenRows` has it; only DRT
     models keep packed documents from seeing each other."""
+    last_piece: LastPiece = "drop"
+    """Of documents "apart": whether the end of one that fills no row, or all of one that is shorter
+    than a row, is dropped ("drop"), or padded on the right ("pad")."""
     split: str = "train"
     """The split to train on."""
     validation_split: str = "validation"

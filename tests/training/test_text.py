@@ -107,6 +107,29 @@ def test_the_logged_loss_is_that_of_the_rows(prepared: Path, small_model: dict[s
     assert logged == pytest.approx(total / count, rel=1e-4)
 
 
+def test_short_documents_are_padded_and_count_as_much_as_their_tokens(
+    prepared: Path, small_model: dict[str, Any]
+) -> None:
+    model_config = {**small_model, "retrieval_noise": 0.0}
+    config = text_run(prepared, model_config, num_steps=1, log_every=1, tokens_per_step=1024)
+    assert config.text is not None
+    data = replace(config.text, length=256, documents="apart", last_piece="pad")
+    config = replace(config, text=data)
+    train(config)
+    rows = TokenRows(prepared / "train", length=256, documents="apart", last_piece="pad")
+    spans = [rows.span(index) for index in range(4)]
+    assert min(stop - start for start, stop in spans) < 256
+    with torch.no_grad():
+        model = make_model(make_config(config.model, byte_tokenizer()), seed=0).eval()
+        total = count = 0.0
+        for start, stop in spans:
+            ids = torch.from_numpy(rows.split.tokens(start, stop).astype("int64"))[None]
+            total += float(model(input_ids=ids, labels=ids).loss) * (stop - start - 1)
+            count += stop - start - 1
+    logged = next(line["loss"] for line in metrics(config) if "loss" in line)
+    assert logged == pytest.approx(total / count, rel=1e-4)
+
+
 def test_a_corpus_that_is_not_there_is_not_looked_for_on_the_hub(
     prepared: Path, small_model: dict[str, Any]
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -203,25 +204,20 @@ def _text(
 ) -> tuple[StepSource, Sequence[dict[str, Tensor]]]:
     """Steps of text, and rows of the validation split, which are the same for all seeds."""
     folder, per_step = Path(text.corpus), config.training.rows_per_step(text.length)
-    once = TokenRows(
-        folder / text.split, length=text.length, documents=text.documents, tokenizer=tokenizer
-    )
-    rows = TokenRows(
-        once.split,
+    cut = partial(
+        TokenRows,
         length=text.length,
         documents=text.documents,
-        seed=config.seed,
-        num_epochs=-(-config.training.num_steps * per_step // once.num_rows),
+        last_piece=text.last_piece,
+        tokenizer=tokenizer,
     )
+    once = cut(folder / text.split)
+    num_epochs = -(-config.training.num_steps * per_step // once.num_rows)
+    rows = cut(once.split, seed=config.seed, num_epochs=num_epochs)
     steps = TextSteps(rows, rows_per_step=per_step)
     if not (config.training.evaluate_every and text.validation_rows):
         return steps, ()
-    held_out = TokenRows(
-        folder / text.validation_split,
-        length=text.length,
-        documents=text.documents,
-        tokenizer=tokenizer,
-    )
+    held_out = cut(folder / text.validation_split)
     if len(held_out) < text.validation_rows:
         raise ValueError(
             f"{held_out.split.folder} has {len(held_out)} rows of {text.length} tokens, "

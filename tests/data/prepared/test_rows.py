@@ -168,6 +168,7 @@ def test_arguments_out_of_range(split: PreparedSplit) -> None:
     for kwargs, match in (
         ({"length": 1}, "length is 1"),
         ({"length": 10**9}, "has no 1000000000 tokens for a row"),
+        ({"length": 10**9, "documents": "apart"}, "no document is as long; last_piece 'pad' keeps"),
         ({"length": 10**6, "documents": "apart"}, r"for a row \(apart\)"),
         ({"length": 8, "documents": "mixed"}, "documents is 'mixed'"),
         ({"length": 8, "last_piece": "keep"}, "last_piece is 'keep'"),

@@ -76,7 +76,11 @@ class TokenRows(Dataset[dict[str, torch.Tensor]]):
         else:
             self.num_rows = self.split.num_tokens // length
         if not self.num_rows:
-            raise ValueError(f"{self.split.folder} has no {length} tokens for a row ({documents})")
+            drops = documents == "apart" and not self._pads
+            raise ValueError(
+                f"{self.split.folder} has no {length} tokens for a row ({documents})"
+                + (": no document is as long; last_piece 'pad' keeps short ones" if drops else "")
+            )
         self._order: tuple[int, Permutation, int] | None = None
 
     def __len__(self) -> int:
