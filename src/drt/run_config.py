@@ -339,7 +339,12 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     data = read_mapping(Path(path))
     for override in overrides or []:
         apply_override(data, override)
-    return build(RunConfig, data)
+    try:
+        return build(RunConfig, data)
+    except ValueError as error:
+        if overrides:
+            raise
+        raise ValueError(f"{path}: {error}") from error
 
 
 def read_mapping(path: Path, *, above: tuple[Path, ...] = ()) -> dict[str, Any]:

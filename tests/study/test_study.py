@@ -307,6 +307,10 @@ def test_a_row_may_be_measured_otherwise(study_file: Path) -> None:
         ("rows.window.initial={row: more of it}", "begin with each other: window -> more of it ->"),
         ("rows.window.initial={rows: a}", "initial of row 'window' must be"),
         ("columns.at 128.paper={wind: 1}", "figures of the paper for wind, which is no row"),
+        ("rows.window.initial={row: [a]}", "initial of row 'window' must be"),
+        ("rows.window.seed=9", "row 'window' sets seed, which the study sets itself"),
+        ("measurements.test={task: needle}", "comparisons are of perplexities"),
+        ("parameters.corpus=3", "parameters must be texts by name"),
         ("corpus", "a parameter reads corpus=value, got 'corpus'"),
     ],
 )
@@ -495,6 +499,42 @@ def test_a_row_that_begins_with_a_model_of_another_kind_is_not_taken_for_a_drt(
         check_jobs(load_study(study_file, [drt]), study_file.parent / "runs")
 
 
+def test_what_began_with_a_run_that_has_changed_is_not_shown(study_file: Path) -> None:
+    study, folder = load_study(study_file, ["seeds=[0]"]), study_file.parent / "runs"
+    for job in plan_jobs(study):
+        run_job(study, job, folder)
+    changed = load_study(study_file, ["seeds=[0]", "rows.window.model.intermediate_size=24"])
+    # As the error says; the other row's own configuration is what it was.
+    shutil.rmtree(run_folder(folder, "window", 0))
+    message = r"'more of it'.*of the initial run, model\.intermediate_size was 16 and is 24"
+    with pytest.raises(ValueError, match=message):
+        check_jobs(changed, folder)
+    with pytest.raises(ValueError, match=message):
+        write_page(changed, folder, study_file.parent / "page.md", command="drt study small")
+    check_jobs(study, folder)
+
+
+def test_a_figure_that_a_seed_lacks_is_said_to_be_of_the_others(study_file: Path) -> None:
+    study, folder = load_study(study_file, []), study_file.parent / "runs"
+    page = study_file.parent / "page.md"
+    for job in plan_jobs(study):
+        run_job(study, job, folder)
+    (best,) = _best(Results(study, folder), study.columns["at 128"])
+    file = run_folder(folder, best, 1) / "results.json"
+    file.write_text(re.sub(r'"perplexity": [\d.]+', '"perplexity": null', file.read_text()))
+    write_page(study, folder, page, command="drt study small")
+    assert "(1 of 2 seeds)" in page.read_text()
+    assert best not in _best(Results(study, folder), study.columns["at 128"])
+
+
+def test_seeds_that_agree_have_no_bars(tmp_path: Path) -> None:
+    # Their mean is 0.9499999999999998.
+    seeds = [[{"depth": 0.5, "x": 0.95}]] * 3
+    curve = Curve(measurement="test", values="rows", x="depth", y="x")
+    draw_curve(tmp_path / "x.png", {"a": seeds}, curve=curve, title="x")
+    assert (tmp_path / "x.png").stat().st_size > 1000
+
+
 def test_a_folder_of_runs_may_be_moved(study_file: Path) -> None:
     study, folder = load_study(study_file, ["seeds=[0]"]), study_file.parent / "runs"
     for job in plan_jobs(study):
@@ -560,6 +600,7 @@ def test_a_column_that_finds_nothing_is_an_error(study_file: Path) -> None:
         ("curves.by length.y=perplexty", "no list of .* and numbers as 'perplexty'"),
         ("columns.at 128.value=rows.perplexity", "'perplexity' is no item of a list"),
         ("curves.by length.values=rows.x.y", "'x' is no item of a list"),
+        ("curves.by length.x=num_documents", "several points of a run have one num_documents"),
     ],
 )
 def test_what_is_no_figure_is_an_error(study_file: Path, override: str, message: str) -> None:
@@ -617,6 +658,7 @@ def test_records_are_searched_by_key_number_and_entry() -> None:
     record["rows"].append({"length": 16, "x": 3.5})
     with pytest.raises(ValueError, match="2 items have length=16"):
         find(record, "rows.length=16.x")
+    assert find([{"depth": 0.5, "x": [4, 5]}], "depth=0.5.x.1") == 5
     curve = Curve(measurement="test", values="rows", x="length", y="x")
     with pytest.raises(ValueError, match="several points of a run have one length"):
         draw_curve(Path("unwritten.png"), {"a": [record["rows"]]}, curve=curve, title="x")

@@ -28,7 +28,8 @@ class Column:
     measurement: str
     """Whose record it is taken from."""
     value: str
-    """Where the figure is in the record: keys and list numbers, with dots between."""
+    """Where the figure is in the record, with dots between: keys, and of lists the number of an
+    item or one of its entries, "length=4096"."""
     better: Literal["lower", "higher"] = "lower"
     """Which figure is the better one."""
     decimals: int = 3
@@ -108,7 +109,11 @@ class StudyConfig:
         for pair in self.comparisons:
             if len(pair) != 2 or any(name not in self.rows for name in pair):
                 raise ValueError(f"a comparison names two rows, got {pair}")
-        for name in self.trained:
+        if self.comparisons and all(m.task != "perplexity" for m in self.measurements.values()):
+            raise ValueError("comparisons are of perplexities, and no measurement is of any")
+        for name, changes in self.trained.items():
+            if own := {"seed", "output_dir"} & changes.keys():
+                raise ValueError(f"row {name!r} sets {min(own)}, which the study sets itself")
             self._check_initial(name)
 
     def _check_shown(self) -> None:
@@ -157,7 +162,7 @@ class StudyConfig:
         initial = self.trained[name].get("initial")
         if not isinstance(initial, dict):
             return None
-        if initial.keys() != {"row"}:
+        if initial.keys() != {"row"} or not isinstance(initial["row"], str):
             raise ValueError(
                 f"initial of row {name!r} must be a folder or {{row: NAME}}: {initial}"
             )
@@ -177,10 +182,7 @@ def load_study(path: Path, overrides: list[str]) -> StudyConfig:
     """
     data = read_mapping(path)
     parameters = data["parameters"] = data.get("parameters") or {}
-    if not isinstance(parameters, dict) or any(
-        not isinstance(value, str) for value in parameters.values()
-    ):
-        raise ValueError(f"{path}: parameters must be texts by name, got {parameters}")
+    _check_parameters(path, parameters)
     for override in overrides:
         name, equals, value = override.partition("=")
         if name in parameters:
@@ -190,8 +192,16 @@ def load_study(path: Path, overrides: list[str]) -> StudyConfig:
             parameters[name] = value.rstrip("/") or value
         else:
             apply_override(data, override)
+    _check_parameters(path, parameters := data["parameters"])
     study = build(StudyConfig, _fill(data, parameters))
     return replace(study, base=str(_find_base(study.base, path.parent)))
+
+
+def _check_parameters(path: Path, parameters: Any) -> None:
+    if not isinstance(parameters, dict) or any(
+        not isinstance(value, str) for value in parameters.values()
+    ):
+        raise ValueError(f"{path}: parameters must be texts by name, got {parameters}")
 
 
 def _find_base(name: str, folder: Path) -> Path:

@@ -25,11 +25,11 @@ from drt.evaluation import tasks
 from drt.evaluation.needles import common_chunk_size
 from drt.evaluation.tasks import make_task
 from drt.memory.files import write_whole
-from drt.run_config import CONFIG_FILE, FINAL_FOLDER, RunConfig, load_config, read_mapping
+from drt.run_config import CONFIG_FILE, FINAL_FOLDER, RunConfig, read_mapping
 from drt.study.config import Measurement, StudyConfig, run_config, run_folder
 from drt.training import train
 from drt.training.flops import flops_if_known
-from drt.training.folder import differences, is_finished, training_seconds
+from drt.training.folder import changes_since, initial_config, is_finished, training_seconds
 from drt.training.materials import Planned, check_data, plan_of, plan_run
 
 RESULTS_FILE = "results.json"
@@ -183,7 +183,10 @@ def check_configuration(
     file = Path(config.output_dir) / CONFIG_FILE
     if not file.is_file():
         return config
-    other = differences(load_config(file), config)
+    initial, source = initial_config(config), study.initial_row(job.row)
+    if source is not None:
+        initial = run_config(study, base, source, job.seed, folder)
+    other = changes_since(file.parent, config, initial)
     if other:
         raise ValueError(
             f"row {job.row!r}, seed {job.seed}, was trained with another configuration: "
@@ -237,7 +240,7 @@ def alone(job: Job, folder: Path) -> Iterator[None]:
     with here.with_name(f"{here.name}.lock").open("w") as file:
         is_first, waits = PartialState().is_main_process, False
         # Asked for again and again: those who wait for one that waits would run out of time.
-        while not _told_by_first(is_first and _is_locked(file)):
+        while not _told_by_first(is_first and _try_lock(file)):
             if is_first and not waits:
                 print(f"another process works on {here}: waiting until it has ended", flush=True)
             waits = True
@@ -245,8 +248,8 @@ def alone(job: Job, folder: Path) -> Iterator[None]:
         yield
 
 
-def _is_locked(file: Any) -> bool:
-    """Lock a file, unless somebody else has."""
+def _try_lock(file: Any) -> bool:
+    """Lock a file, unless somebody else has; whether that was done."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

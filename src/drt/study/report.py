@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+from urllib.parse import quote
 
 from drt.evaluation.document_losses import pooled_difference
 from drt.run_config import read_mapping
 from drt.study.config import Column, Curve, StudyConfig, slug
-from drt.study.figures import draw_curve
+from drt.study.figures import draw_curve, shown_points
 from drt.study.jobs import (
     Job,
     check_configuration,
@@ -25,6 +27,9 @@ from drt.study.jobs import (
 from drt.version import __version__
 
 NONE = ""
+
+# A key, a number, or an entry, whose value may be a number with a point.
+_STEP = re.compile(r"[^.=]+=\d+\.\d+|[^.]+")
 
 
 class Results:
@@ -68,12 +73,13 @@ class Results:
 def find(record: Any, path: str) -> Any:
     """What stands in a record at "key.2.key"; None where the record ends before.
 
-    An item of a list is named by its number, or by one of its own entries: "length=4096".
+    An item of a list is named by its number, or by one of its own entries: "length=4096",
+    "depth=0.5".
 
     Raises:
         ValueError: several items have that entry, or a list is asked for something else.
     """
-    for name in path.split(".") if path else []:
+    for name in _STEP.findall(path):
         if isinstance(record, list) and "=" in name:
             key, _, value = name.partition("=")
             given = [item for item in record if isinstance(item, dict)]
@@ -122,7 +128,7 @@ def write_page(study: StudyConfig, folder: Path, page: Path, *, command: str) ->
         }
         if series:
             draw_curve(image, series, curve=curve, title=title)
-            parts.append(f"![{title}]({image.name})")
+            parts.append(f"![{title}]({quote(image.name)})")
     page.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
 
 
@@ -161,12 +167,17 @@ def _problem(results: Results, shown: Column | Curve, nothing_is_wrong: bool) ->
                 f"{what} list of points with numbers above 0 as {shown.x!r} and numbers as "
                 f"{shown.y!r}"
             )
+        if isinstance(shown, Curve):
+            try:
+                shown_points(part, shown)
+            except ValueError as error:
+                return f": {error}"
     return ""
 
 
 def _what_is_there(record: Any, path: str) -> str:
     """The keys of a record, or those of a list's items, where a path leads out of it."""
-    for name in path.split("."):
+    for name in _STEP.findall(path):
         if not isinstance(below := find(record, name), dict | list):
             break
         record = below
@@ -219,7 +230,8 @@ def _made_by(results: Results, command: str) -> str:
 
 def _table(results: Results) -> str:
     study = results.study
-    head = ["model", "parameters", "cost", "training, s", "seeds", *study.columns]
+    titles = [title.replace("|", "\\|") for title in study.columns]
+    head = ["model", "parameters", "cost", "training, s", "seeds", *titles]
     rows = []
     best = {title: _best(results, column) for title, column in study.columns.items()}
     for row in study.rows:
@@ -230,7 +242,7 @@ def _table(results: Results) -> str:
     note = (
         "Means over the seeds, in brackets the lowest and the highest where there are several; "
         "the paper's figure, of its own size and data, behind a bar. The best mean is bold, once "
-        "all runs are done. "
+        "all runs are done, of rows that have it of all seeds. "
         "Cost: operations of training on a token, of those of the first row. Training seconds are "
         "wall time beside other runs."
     )
@@ -258,7 +270,8 @@ def _best(results: Results, column: Column) -> set[str]:
     """The rows whose mean is bold: none as long as rows are means over other seeds."""
     if not results.is_whole:
         return set()
-    means = {row: fmean(v) for row in results.study.rows if (v := _values(results, row, column))}
+    found = {row: _values(results, row, column) for row in results.study.rows}
+    means = {row: fmean(v) for row, v in found.items() if len(v) == len(results.done[row])}
     finite = {row: mean for row, mean in means.items() if math.isfinite(mean)}
     # A figure that all rows share, as that of the first sentences of documents, marks none.
     if len(set(means.values())) < 2 or not finite:
@@ -275,6 +288,8 @@ def _cell(results: Results, row: str, column: Column, *, is_best: bool) -> str:
         shown = f"**{shown}**" if is_best else shown
     if len(values) > 1:
         shown += f" [{min(values):.{places}f}, {max(values):.{places}f}]"
+    if values and len(values) < len(results.done[row]):
+        shown += f" ({len(values)} of {len(results.done[row])} seeds)"
     if row in column.paper:
         shown += f" \\| {column.paper[row]:g}"
     return shown.strip()

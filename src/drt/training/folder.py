@@ -12,6 +12,9 @@ from drt.run_config import CONFIG_FILE, FINAL_FOLDER, RunConfig, load_config
 
 METRICS_FILE = "metrics.jsonl"
 
+INITIAL_CONFIG_FILE = "initial.yaml"
+"""In a run's folder: the configuration of the run that it began with, if that was one."""
+
 # What is left of a run's configuration whose writing was cut short.
 UNFINISHED = f"{CONFIG_FILE}.new"
 
@@ -71,13 +74,33 @@ def check_same_run(folder: Path, config: RunConfig) -> None:
     Raises:
         ValueError: it is another; some differences are named.
     """
-    file = folder / CONFIG_FILE
-    other = differences(load_config(file), config)
+    other = changes_since(folder, config, initial_config(config))
     if other:
         raise ValueError(
-            f"the run in {folder} has another configuration ({'; '.join(other[:3])}), see {file}: "
-            "overwrite it or choose another folder"
+            f"the run in {folder} has another configuration ({'; '.join(other[:3])}), see "
+            f"{folder / CONFIG_FILE}: overwrite it or choose another folder"
         )
+
+
+def changes_since(folder: Path, config: RunConfig, initial: RunConfig | None) -> list[str]:
+    """`differences` of the run in a folder, and of the run that it began with, to those of now.
+
+    Args:
+        folder: where the run is kept.
+        config: what it would be trained with now.
+        initial: what the run is trained with that it would begin with now; None = not known.
+    """
+    other = differences(load_config(folder / CONFIG_FILE), config)
+    kept = folder / INITIAL_CONFIG_FILE
+    if initial is not None and kept.is_file():
+        other += [f"of the initial run, {each}" for each in differences(load_config(kept), initial)]
+    return other
+
+
+def initial_config(config: RunConfig) -> RunConfig | None:
+    """The configuration of the run, or checkpoint, that a run begins with; None = there is none."""
+    file = None if config.initial is None else Path(config.initial) / CONFIG_FILE
+    return load_config(file) if file is not None and file.is_file() else None
 
 
 def differences(before: RunConfig, now: RunConfig) -> list[str]:

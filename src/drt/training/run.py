@@ -25,7 +25,14 @@ from drt.training.callbacks import (
 )
 from drt.training.compilation import compile_layers
 from drt.training.evaluate import NeedleEvaluation, ValidationLoss
-from drt.training.folder import METRICS_FILE, check_folder, check_same_run, is_finished
+from drt.training.folder import (
+    INITIAL_CONFIG_FILE,
+    METRICS_FILE,
+    check_folder,
+    check_same_run,
+    initial_config,
+    is_finished,
+)
 from drt.training.materials import Materials, make_materials
 from drt.training.speed import speed_meter
 from drt.training.trainer import RunTrainer
@@ -85,6 +92,9 @@ def train(
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder / CONFIG_FILE)
+        initial = initial_config(config)
+        if initial is not None and not (folder / INITIAL_CONFIG_FILE).is_file():
+            save_config(initial, folder / INITIAL_CONFIG_FILE)
         return prepared
 
     materials, args = _in_turn(prepare_first, prepare)
