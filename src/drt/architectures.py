@@ -56,7 +56,7 @@ def make_config(
         config = _made(config_class, given)
     else:
         known = known_fields(kind)
-        # The Trainer switches use_cache off, and a model that is made so cannot generate.
+        # A Trainer may have switched use_cache off, and a model that is made so cannot generate.
         known -= {"use_cache"}
         kept = {key: value for key, value in initial.to_dict().items() if key in known}
         config = _made(config_class, {**kept, **given})

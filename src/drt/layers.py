@@ -84,15 +84,10 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     return torch.addcmul(x * rotary.cos, swapped, rotary.sin).to(x.dtype)
 
 
-def alibi_slopes(num_heads: int) -> Tensor:
-    """(H,) slopes 2^(-8 i / H), i = 1 .. H, of ALiBi (arXiv 2108.12409)."""
-    return 2.0 ** (-8.0 * torch.arange(1, num_heads + 1) / num_heads)
-
-
 @_kept
-def _slopes(num_heads: int, device: torch.device) -> Tensor:
-    """`alibi_slopes` on the device: copied there at every step, they would make the host wait."""
-    return alibi_slopes(num_heads).to(device)
+def alibi_slopes(num_heads: int, device: torch.device) -> Tensor:
+    """(H,) float32 slopes 2^(-8 i / H), i = 1 .. H, of ALiBi (arXiv 2108.12409)."""
+    return 2.0 ** (-8.0 * torch.arange(1, num_heads + 1, device=device) / num_heads)
 
 
 class DRTRMSNorm(nn.Module):
@@ -172,7 +167,7 @@ class SlidingWindowAttention(DRTAttention):
         first_keys = layout.document_starts
         if cache is not None:
             key, value, first_keys = cache.extend(key, value, window=self.window, layout=layout)
-        slopes = _slopes(self.num_heads, hidden.device) if self.uses_alibi else None
+        slopes = alibi_slopes(self.num_heads, hidden.device) if self.uses_alibi else None
         out = sliding_window_attention(
             query, key, value, window=self.window, alibi_slopes=slopes, first_keys=first_keys
         )

@@ -183,7 +183,8 @@ class _ChosenScores(torch.autograd.Function):
         device, shape = queries.device, (*queries.shape[:2], search.topk)
         scores = torch.zeros(shape, dtype=sum_dtype(queries), device=device)
         indices = torch.full(shape, -1, dtype=torch.int64, device=device)
-        bounds = search.firsts.to(device)[..., None], search.limits.to(device)[..., None]
+        limits = (search.firsts, search.limits)
+        bounds = tuple(each.to(device, non_blocking=True)[..., None] for each in limits)
         vectors = queries.to(scores.dtype), landmarks.to(scores.dtype)
         with without_autocast(device.type):
             for tiles in search.blocks(landmarks.shape[1]):

@@ -12,6 +12,7 @@ import yaml
 
 from drt.configuration import DRTConfig
 from drt.data import MULTI_TASK, NeedleTask
+from drt.data.babi import BabiStories
 from drt.data.prepared.rows import Documents, LastPiece
 from drt.data.summaries import SummaryData
 from drt.memory.files import write_whole
@@ -28,10 +29,10 @@ FINAL_FOLDER = "model"
 
 @dataclass(frozen=True)
 class TaskMix:
-    """One needle task of a stage and how often it is drawn."""
+    """One task of a stage and how often it is drawn."""
 
-    task: NeedleTask
-    """What is hidden and asked."""
+    task: NeedleTask | BabiStories
+    """What is hidden and asked: needles, or stories of bAbI where `facts` names a file of them."""
     weight: float = 1.0
     """Relative share of the rows, above 0."""
 
@@ -463,7 +464,12 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _convert(next(arg for arg in args if arg is not type(None)), value, where)
+        kinds = [arg for arg in args if arg is not type(None)]
+        if isinstance(value, dict) and all(is_dataclass(kind) for kind in kinds):
+            # The one that has the most of the keys, or the first one.
+            known = {kind: {item.name for item in fields(kind)} for kind in kinds}
+            kinds = [max(kinds, key=lambda kind: len(known[kind] & value.keys()))]
+        return _convert(kinds[0], value, where)
     return _convert_plain(hint, args, value, where)
 
 

@@ -109,7 +109,12 @@ def test_a_configuration_that_was_not_written_in_full_is_no_other_run(
 
 def test_what_is_measured_and_saved_on_the_way_is_no_other_run(run_config: RunConfig) -> None:
     now = replace(
-        run_config.training, save_every=7, log_every=7, evaluate_every=0, tensorboard=True
+        run_config.training,
+        save_every=7,
+        log_every=7,
+        evaluate_every=0,
+        tensorboard=True,
+        gradient_checkpointing=True,
     )
     assert differences(run_config, replace(run_config, training=now)) == []
     now = replace(now, weight_decay=0.5)

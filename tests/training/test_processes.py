@@ -23,6 +23,7 @@ from transformers import TrainerCallback
 
 from drt.data import Corpus, byte_tokenizer, load_corpus
 from drt.data.prepared import CorpusConfig, find_sources, prepare
+from drt.layers import DRTMLP
 from drt.training import RunConfig, Stage, TextData, curriculum, run, save_config, speed, train
 from drt.training.batches import StepParts
 from drt.training.callbacks import PROGRESS_FILE, latest_checkpoint
@@ -320,6 +321,13 @@ def test_sharding_adds_no_rounding_to_that_of_products(
     halves = replace(needles, precision="bfloat16", training=replace(needles.training, num_steps=1))
     whole = in_parts(halves, "whole", 2)
     sharded = in_parts(halves, "sharded", 1, sharding="fsdp")
+    multiply = DRTMLP.forward
+
+    def in_halves(layer: DRTMLP, hidden: torch.Tensor) -> torch.Tensor:
+        assert torch.is_autocast_enabled("cpu")
+        return multiply(layer, hidden)
+
+    monkeypatch.setattr(DRTMLP, "forward", in_halves)
     assert run_in(whole, 1, haystack) == [0]
     as_on_gpus(monkeypatch)
     assert run_in(sharded, 2, haystack) == [0, 0]

@@ -1,18 +1,20 @@
 """A run from start to end, and a run that was stopped and went on."""
 
 import json
+import math
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
 from drt.checkpoints import load_checkpoint
 from drt.data import NeedleTask, byte_tokenizer, load_corpus
-from drt.training import RunConfig, Stage, TaskMix, speed, train
+from drt.training import RunConfig, Stage, TaskMix, load_config, speed, train
 from drt.training.batches import NeedleSteps, StepParts, needle_masks, share
 from drt.training.callbacks import PROGRESS_FILE, latest_checkpoint
 from drt.training.curriculum import LEAD_STEPS, SETTLING_STEPS, Curriculum
@@ -68,6 +70,8 @@ def test_a_run_that_goes_on_logs_and_saves_as_often_as_it_is_asked_to(
         with pytest.raises(StoppedError):
             train(replace(run_config, training=training))
     now = replace(training, log_every=3, save_every=5)
+    cut = Path(run_config.output_dir) / "checkpoint-12"
+    cut.mkdir()
     train(replace(run_config, training=now), resume=True)
     # A line before each checkpoint, too.
     assert [line["step"] for line in metrics(run_config)] == [2, 4, 5, 6, 9, 10, 12, 13]
@@ -125,6 +129,36 @@ def test_a_run_that_cannot_begin_leaves_nothing(run_config: RunConfig) -> None:
     with pytest.raises(ValueError, match="retrieval_topk"):
         train(wrong)
     assert not Path(run_config.output_dir).exists()
+
+
+def test_a_run_that_cannot_begin_overwrites_nothing(run_config: RunConfig) -> None:
+    short = replace(run_config, training=replace(run_config.training, num_steps=1))
+    final = train(short)
+    llama = {"model_type": "llama", "num_hidden_layers": 1}
+    compiled = replace(short.training, compile_layers=True)
+    with pytest.raises(ValueError, match="has no DRT layers to compile"):
+        train(replace(short, model=llama, chunk_size=16, training=compiled), overwrite=True)
+    assert (final / "model.safetensors").is_file()
+
+
+def test_a_loss_that_is_no_number_is_logged_as_none(run_config: RunConfig) -> None:
+    training = replace(run_config.training, num_steps=4, learning_rate=1e30)
+    train(replace(run_config, training=training))
+    assert math.isnan(metrics(run_config)[-1]["loss"])
+
+
+def test_stories_can_be_trained_on(run_config: RunConfig, tmp_path: Path) -> None:
+    story = {"task": 1, "facts": ["Mary went out."], "question": "Who?", "answer": "Mary"}
+    file = tmp_path / "stories.jsonl"
+    file.write_text(json.dumps({**story, "supporting": [0]}))
+    mapping = asdict(run_config)
+    mapping["stages"] = [{"length": 128, "tasks": [{"task": {"facts": str(file), "tasks": [1]}}]}]
+    mapping["training"]["num_steps"] = 2
+    (tmp_path / "stories.yaml").write_text(yaml.safe_dump(mapping))
+    config = load_config(tmp_path / "stories.yaml")
+    train(config)
+    assert metrics(config)[-1]["answer_loss"] > 0
+    assert load_config(Path(config.output_dir) / "run.yaml") == config
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ class WindowAttention(DRTAttention):
     ) -> tuple[Tensor, KeyValues | None]:
         """(B, T, H, D) of (B, T, G, D) keys and those held before; and what to hold now."""
         joined = KeyValues(key, value) if held is None else held.extended(key, value)
-        slopes = alibi_slopes(self.num_heads).to(query.device) if self.uses_alibi else None
+        slopes = alibi_slopes(self.num_heads, query.device) if self.uses_alibi else None
         out = sliding_window_attention(query, *joined, window=self.window, alibi_slopes=slopes)
         return out, None if held is None else joined.last(self.window - 1)
 

@@ -71,7 +71,7 @@ class TrainingMemory:
         pooled = torch.where(indices < 0, -1, indices + row * most)
         lengths = None
         if self._lengths is not None:
-            lengths = self._lengths.to(indices.device).flatten()
+            lengths = self._lengths.to(indices.device, non_blocking=True).flatten()
         return Chunks(self._keys.flatten(0, 1), self._values.flatten(0, 1), lengths, pooled)
 
     def select_rows(self, rows: Sequence[int]) -> TrainingMemory:

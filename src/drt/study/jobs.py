@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -219,7 +220,7 @@ def run_job(study: StudyConfig, job: Job, folder: Path) -> None:
     Raises:
         ValueError: the run's configuration is another than the one it was trained with.
     """
-    PartialState(cpu=not torch.cuda.is_available())
+    PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=1))
     with alone(job, folder):
         _run_job(study, job, folder)
 

@@ -54,7 +54,13 @@ def training_arguments(config: RunConfig, model: PreTrainedModel) -> TrainingArg
         # Rows of one block carry no state on: what carries it has no part in them.
         ddp_find_unused_parameters=isinstance(model, BlockRecurrentForCausalLM),
         # Each process takes its own parts.
-        accelerator_config={"dispatch_batches": False, "even_batches": False},
+        accelerator_config={
+            "dispatch_batches": False,
+            "even_batches": False,
+            "non_blocking": torch.cuda.is_available(),
+        },
+        # A loss that is no number would be logged as 0.
+        logging_nan_inf_filter=False,
         **(fsdp_arguments(model) if training.sharding == "fsdp" else {}),
     )
 

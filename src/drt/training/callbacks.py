@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -155,8 +156,22 @@ class Progress(TrainerCallback):
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint under `folder`, or None."""
-    whole = (path.parent for path in folder.glob(f"checkpoint-*/{PROGRESS_FILE}"))
-    # A copy that somebody has made is called otherwise.
-    numbered = ((path.name.removeprefix("checkpoint-"), path) for path in whole)
-    steps = {int(number): path for number, path in numbered if number.isdecimal()}
-    return steps[max(steps)] if steps else None
+    whole = {step: path for step, path in _checkpoints(folder).items() if _is_whole(path)}
+    return whole[max(whole)] if whole else None
+
+
+def remove_cut_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints under `folder` whose writing was cut short."""
+    for path in _checkpoints(folder).values():
+        if not _is_whole(path):
+            shutil.rmtree(path)
+
+
+def _checkpoints(folder: Path) -> dict[int, Path]:
+    """By step; a copy that somebody has made is called otherwise."""
+    named = ((path.name.removeprefix("checkpoint-"), path) for path in folder.glob("checkpoint-*"))
+    return {int(step): path for step, path in named if step.isdecimal() and path.is_dir()}
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    return (checkpoint / PROGRESS_FILE).is_file()

@@ -18,9 +18,10 @@ INITIAL_CONFIG_FILE = "initial.yaml"
 # What is left of a run's configuration whose writing was cut short.
 UNFINISHED = f"{CONFIG_FILE}.new"
 
-# Keys of `training` of which no weight depends.
-NOT_TRAINED_WITH = (
-    *("num_micro_batches", "log_every", "save_every", "evaluate_every"),
+# Keys of `training` that may change on the way: what is measured and saved, and how a step is
+# computed. (Micro-batches draw other noise.)
+FREE_TO_CHANGE = (
+    *("num_micro_batches", "gradient_checkpointing", "log_every", "save_every", "evaluate_every"),
     *("tensorboard", "peak_tflops"),
 )
 
@@ -107,9 +108,10 @@ def differences(before: RunConfig, now: RunConfig) -> list[str]:
     """Where two runs differ in what they are trained with: "key was .. and is ..", by key.
 
     Where they are kept may differ, what they are asked afterwards, their `evaluation`, and what is
-    measured and saved on the way; so may their micro-batches, with which another number of
-    processes makes as many parts of a step. Paths may be written in another way. Runs to begin with
-    are the same ones by their last two names: the folder of a study may have moved.
+    measured and saved on the way; so may gradient checkpointing, and their micro-batches, with
+    which another number of processes makes as many parts of a step. Paths may be written in another
+    way. Runs to begin with are the same ones by their last two names: the folder of a study may
+    have moved.
     """
     old, new = _trained_with(before), _trained_with(now)
     return [
@@ -122,7 +124,7 @@ def differences(before: RunConfig, now: RunConfig) -> list[str]:
 def _trained_with(config: RunConfig) -> dict[str, Any]:
     found = asdict(config)
     del found["evaluation"], found["output_dir"]
-    for key in NOT_TRAINED_WITH:
+    for key in FREE_TO_CHANGE:
         del found["training"][key]
     flat = _flat(found)
     flat |= {key: os.path.normpath(flat[key]) for key in PATHS if flat.get(key)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,6 +23,7 @@ from drt.training.callbacks import (
     MetricsFile,
     Progress,
     latest_checkpoint,
+    remove_cut_checkpoints,
 )
 from drt.training.compilation import compile_layers
 from drt.training.evaluate import NeedleEvaluation, ValidationLoss
@@ -68,7 +70,8 @@ def train(
             run to resume had another configuration or is not seen by all processes, the rows of a
             step cannot be shared out, or model and data do not go together.
     """
-    processes = PartialState(cpu=not torch.cuda.is_available())
+    # While the first one gets data ready, the others wait.
+    processes = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=1))
     folder = Path(config.output_dir)
     final, partial = folder / FINAL_FOLDER, folder / f"{FINAL_FOLDER}.partial"
     if resume:
@@ -82,6 +85,10 @@ def train(
     def prepare() -> tuple[Materials, TrainingArguments]:
         _check_processes(config, processes.num_processes)
         materials = make_materials(config, corpus)
+        if config.training.gradient_checkpointing:
+            materials.model.gradient_checkpointing_enable()
+        if config.training.compile_layers:
+            compile_layers(materials.model)
         return materials, training_arguments(config, materials.model)
 
     def prepare_first() -> tuple[Materials, TrainingArguments]:
@@ -100,6 +107,9 @@ def train(
     materials, args = _in_turn(prepare_first, prepare)
     trainer = _trainer(config, materials, args, title=title)
     checkpoint = latest_checkpoint(folder) if resume else None
+    if resume and processes.is_main_process:
+        # Of the newest that are kept it would take the place of a whole one.
+        remove_cut_checkpoints(folder)
     if resume and checkpoint is None and processes.is_main_process:
         print(f"{folder} holds no checkpoint to resume from: training begins at step 0")
     if checkpoint is not None and materials.curriculum is not None:
@@ -164,21 +174,23 @@ def _check_processes(config: RunConfig, num_processes: int) -> None:
             f"one process sees {torch.cuda.device_count()} GPUs: start one a GPU with torchrun, or "
             "choose one with CUDA_VISIBLE_DEVICES"
         )
-    if config.training.sharding == "fsdp" and not torch.cuda.is_available():
-        raise ValueError(
-            "training.sharding is fsdp: accelerate shards on GPUs only and would train without; "
-            "use none"
-        )
+    if config.training.sharding == "fsdp":
+        if not torch.cuda.is_available():
+            raise ValueError(
+                "training.sharding is fsdp: accelerate shards on GPUs only and would train "
+                "without; use none"
+            )
+        if num_processes == 1:
+            raise ValueError(
+                "training.sharding is fsdp: there is one process and nobody to share the model "
+                "with; start several with torchrun, or use none"
+            )
 
 
 def _trainer(
     config: RunConfig, materials: Materials, args: TrainingArguments, *, title: str
 ) -> RunTrainer:
     training, model = config.training, materials.model
-    if training.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    if training.compile_layers:
-        compile_layers(model)
     trainer = RunTrainer(
         model=model,
         args=args,

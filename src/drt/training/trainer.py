@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from drt.training.optimizer import MuonWithAdamW, split_parameters
 from drt.training.retrieval_metrics import RetrievalMetrics
 from drt.training.speed import SpeedMeter
 
-MODEL_INPUTS = ("input_ids", "labels", "attention_mask", "chunk_ends", "document_ids")
+MODEL_INPUTS = ("input_ids", "attention_mask", "chunk_ends", "document_ids")
 """Of a batch, what a model reads; chunk_ends and document_ids only where it knows of them."""
 
 NEEDLE_LOSSES = ("answer_loss", "first_token_loss", "text_loss")
@@ -61,6 +62,16 @@ class RunTrainer(Trainer):
         super().create_accelerator_and_postprocess()
         cast_products_only(getattr(self.accelerator.state, "fsdp_plugin", None))
 
+    def autocast_smart_context_manager(
+        self, cache_enabled: bool | None = True
+    ) -> AbstractContextManager[Any]:
+        """Autocast around sharded models, as accelerate has it around the forward of others."""
+        if not (self.is_fsdp_enabled and self.args.bf16):
+            return nullcontext()
+        # A cache would hold the whole model in bfloat16.
+        kind = self.accelerator.device.type
+        return torch.autocast(kind, torch.bfloat16, cache_enabled=False)
+
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         return torch.ones((), device=device)
 
@@ -90,9 +101,7 @@ class RunTrainer(Trainer):
     def token_losses(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[Any, Tensor]:
         """What the model returns, and (B, T - 1) losses of tokens 1 .. T - 1."""
         given = {
-            name: inputs[name]
-            for name in MODEL_INPUTS
-            if name in inputs and name in self._accepts and name != "labels"
+            name: inputs[name] for name in MODEL_INPUTS if name in inputs and name in self._accepts
         }
         if "generator" in self._accepts and model.training:
             given["generator"] = self._generator(inputs["index"])
@@ -192,7 +201,7 @@ class RunTrainer(Trainer):
 
 
 def cast_products_only(plugin: Any) -> None:
-    """Leave FSDP2's own mixed precision out, None = no FSDP: autocast is around the model anyway.
+    """Leave FSDP2's own mixed precision out, None = no FSDP: the Trainer casts in its place.
 
     accelerate would cast what goes into each layer, what comes out of the model and the gradients
     that are summed to bfloat16; with autocast only matrix products are.
