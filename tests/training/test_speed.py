@@ -13,9 +13,9 @@ from transformers.integrations.integration_utils import is_tensorboard_available
 from drt import DRTForCausalLM
 from drt.architectures import known_fields
 from drt.baselines import AblationConfig, AblationForCausalLM
+from drt.flops import flops_of_row
 from drt.testing import tiny_config
 from drt.training import RunConfig, speed, train
-from drt.training.flops import flops_of_row
 from drt.training.speed import SpeedMeter, peak_tflops
 
 VOCAB, E, INNER, HEADS, WIDTH, LENGTH = 61, 32, 48, 4, 8, 96
@@ -217,7 +217,7 @@ def test_a_model_that_looks_at_numbers_trains_without_tflops(
 
     monkeypatch.setattr(DRTForCausalLM, "forward", looks)
     model = drt()
-    from drt.training.flops import flops_if_known
+    from drt.flops import flops_if_known
 
     assert flops_if_known(model, LENGTH) is None
     assert "operations of a DRTForCausalLM cannot be counted" in caplog.text

@@ -16,17 +16,14 @@ from torch import Tensor
 
 from drt import hardware
 from drt.checkpoints import Checkpoint
-from drt.evaluation.flops import count_flops
 from drt.evaluation.held_bytes import held_bytes
 from drt.evaluation.memory import peak_growth
-from drt.evaluation.needles import temporary_memory
+from drt.evaluation.needles import common_chunk_size, temporary_memory
 from drt.evaluation.pictures import short_length
 from drt.evaluation.progress import token_bar
 from drt.evaluation.reading import Reading, check_length, start_reading
-from drt.tables import aligned
-
-# Tokens decoded in a sample by models that know no chunks.
-_CHUNK_SIZE = 64
+from drt.flops import flops_if_known
+from drt.tables import ruled
 
 # Tokens that warm up what is measured: caches, kernels, the allocator.
 _WARM_UP = 256
@@ -79,8 +76,8 @@ class CostTask:
             A record, ready for JSON. `rows`, by length: wall seconds of reading, milliseconds of
             each decoded token (means of chunks), both with all samples; peak bytes of both beyond
             what was held before (None where the system does not tell); bytes held in the end.
-            `training`: seconds, peak bytes and floating-point operations (see `count_flops`) of
-            forward and backward, or None.
+            `training`: seconds, peak bytes and floating-point operations (see `flops_of_row`; None
+            where they cannot be counted) of forward and backward, or None.
 
         Raises:
             ValueError: a length, that of training included, is beyond the model's positions.
@@ -105,7 +102,7 @@ class CostTask:
                 for length in lengths:
                     samples[length].append(measuring.inference(length))
                     bar.update(length)
-        training = self._training_record(steps, measuring) if steps else None
+        training = self._training_record(steps, checkpoint.model) if steps else None
         return {
             "task": "cost",
             "settings": asdict(self),
@@ -117,13 +114,11 @@ class CostTask:
             "training": training,
         }
 
-    def _training_record(
-        self, steps: list[dict[str, Any]], measuring: _Measuring
-    ) -> dict[str, Any]:
+    def _training_record(self, steps: list[dict[str, Any]], model: Any) -> dict[str, Any]:
         assert self.training_length is not None
         num_tokens = self.training_rows * self.training_length
         seconds = median(step["seconds"] for step in steps)
-        flops = measuring.training_flops(self.training_length)
+        flops = flops_if_known(model, self.training_length)
         return {
             "length": self.training_length,
             "rows": self.training_rows,
@@ -131,8 +126,8 @@ class CostTask:
             "seconds_samples": [step["seconds"] for step in steps],
             "tokens_per_second": num_tokens / seconds,
             "peak_bytes": _largest([step["peak_bytes"] for step in steps]),
-            "flops": flops,
-            "flops_per_token": flops / num_tokens,
+            "flops": flops and self.training_rows * flops,
+            "flops_per_token": flops and flops / self.training_length,
         }
 
     @staticmethod
@@ -156,7 +151,7 @@ class CostTask:
             for name, record in records.items()
             for row in record["rows"]
         ]
-        text = _titled("reading and decoding", [head, *lines])
+        text = f"reading and decoding\n{ruled([head, *lines])}"
         head = ("model", "rows", "tokens", "step, s", "tokens/s", "peak MiB", "GFLOP/token")
         lines = [
             (
@@ -166,12 +161,12 @@ class CostTask:
                 f"{step['seconds']:.3f}",
                 f"{step['tokens_per_second']:,.0f}",
                 _mebibytes(step["peak_bytes"]),
-                f"{step['flops_per_token'] / 1e9:.3f}",
+                "-" if (flops := step["flops_per_token"]) is None else f"{flops / 1e9:.3f}",
             )
             for name, record in records.items()
             if (step := record["training"]) is not None
         ]
-        return f"{text}\n\n{_titled('training', [head, *lines])}" if lines else text
+        return f"{text}\n\ntraining\n{ruled([head, *lines])}" if lines else text
 
     @staticmethod
     def draw(records: dict[str, dict[str, Any]], path: Path) -> None:
@@ -197,7 +192,8 @@ class _Measuring:
         self.model, self.device = checkpoint.model, checkpoint.model.device
         config = self.model.config.get_text_config()
         self.vocab_size = config.vocab_size
-        self.chunk_size = getattr(config, "chunk_size", None) or _CHUNK_SIZE
+        # Models that know no chunks decode as many tokens as one of the usual size.
+        self.chunk_size = common_chunk_size([config])
 
     def inference(self, length: int) -> dict[str, Any]:
         """Read a text, and decode some chunks after it."""
@@ -241,11 +237,6 @@ class _Measuring:
         with self._in_training():
             found["peak_bytes"] = peak_growth(step, self.device)
         return found
-
-    def training_flops(self, length: int) -> int:
-        """Floating-point operations of such a step."""
-        with self._in_training():
-            return count_flops(partial(self._train, length))
 
     def _train(self, length: int) -> None:
         ids = self._tokens(self.task.training_rows * length).view(self.task.training_rows, length)
@@ -305,8 +296,3 @@ def _largest(sizes: list[int | None]) -> int | None:
 
 def _mebibytes(size: int | None) -> str:
     return "-" if size is None else f"{size / 2**20:,.1f}"
-
-
-def _titled(title: str, rows: list[tuple[str, ...]]) -> str:
-    head, *lines = aligned(rows)
-    return "\n".join([title, head, "-" * len(head), *lines])

@@ -25,11 +25,11 @@ from drt.data.tokenization import tokenizer_fingerprint
 from drt.evaluation import tasks
 from drt.evaluation.needles import common_chunk_size
 from drt.evaluation.tasks import make_task
+from drt.flops import flops_if_known
 from drt.memory.files import write_whole
 from drt.run_config import CONFIG_FILE, FINAL_FOLDER, RunConfig, read_mapping
 from drt.study.config import Measurement, StudyConfig, run_config, run_folder
 from drt.training import train
-from drt.training.flops import flops_if_known
 from drt.training.folder import changes_since, initial_config, is_finished, training_seconds
 from drt.training.materials import Planned, check_data, plan_of, plan_run
 

@@ -13,9 +13,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers.training_args import TrainingArguments
 
+from drt.flops import flops_if_known
 from drt.precision import uses_bfloat16
 from drt.run_config import RunConfig
-from drt.training.flops import flops_if_known
 
 PEAK_TFLOPS = {
     "B200": 2250.0,

@@ -64,6 +64,6 @@ def flops_if_known(model: PreTrainedModel, length: int) -> int | None:
     except RuntimeError as error:
         name = type(model).__name__
         logging.getLogger(__name__).warning(
-            "operations of a %s cannot be counted, so there are no tflops and mfu: %s", name, error
+            "operations of a %s cannot be counted, so none are shown: %s", name, error
         )
         return None
