@@ -76,8 +76,8 @@ def load_checkpoint(name: str | Path) -> Checkpoint:
             there is no folder OWNER, the name OWNER/NAME of a model on the Hugging Face hub.
 
     Raises:
-        ValueError: no such model or tokenizer, damaged weights, or a tokenizer with more entries
-            than the model.
+        ValueError: no such model or tokenizer, damaged or missing weights, or a tokenizer with more
+            entries than the model.
         OSError: the hub has no such model, or cannot be reached.
     """
     disable_progress_bar()
@@ -86,9 +86,17 @@ def load_checkpoint(name: str | Path) -> Checkpoint:
     precision = load_config(run).precision if run.is_file() else "float32"
     tokenizer: Any = load_tokenizer(str(found))
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(str(found), dtype=torch.float32).eval()
+        model, report = AutoModelForCausalLM.from_pretrained(
+            str(found), dtype=torch.float32, output_loading_info=True
+        )
     except SafetensorError as error:
         raise ValueError(f"the weights in {found} are damaged: {error}") from error
+    if missing := sorted(report["missing_keys"]):
+        # They would be random.
+        raise ValueError(
+            f"{found} lacks {len(missing)} weights of a {type(model).__name__}, such as "
+            f"{', '.join(missing[:3])}"
+        )
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer in {found} has {len(tokenizer)} entries, its model "
@@ -96,7 +104,7 @@ def load_checkpoint(name: str | Path) -> Checkpoint:
         )
     attach_tokenizer(model, tokenizer)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Checkpoint(found, model.to(device), tokenizer, precision)
+    return Checkpoint(found, model.eval().to(device), tokenizer, precision)
 
 
 def is_hub_name(name: str) -> bool:

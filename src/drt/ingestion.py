@@ -143,6 +143,9 @@ class Ingestion:
     ) -> None:
         if segment_size < 1:
             raise ValueError(f"segment_size must be at least 1, got {segment_size}")
+        # Written so that NaN fails too.
+        if not commit_seconds >= 0:
+            raise ValueError(f"commit_seconds must be at least 0, got {commit_seconds}")
         self.model, self.tokenizer, self.folder = model, tokenizer, folder
         self.segment_size, self.commit_seconds = segment_size, commit_seconds
         self.fingerprint = {

@@ -160,7 +160,7 @@ def test_a_demo_shows_an_answer_in_the_precision_of_its_scores(
         (["train", "nowhere.yaml"], "no configuration file nowhere.yaml; shipped ones: demo"),
         (["train", "demo", "training.steps=3"], "unknown key training.steps"),
         (["eval", "nowhere"], "nowhere holds no model"),
-        (["demo", "--corpus", "no/such/file", "--output", "{tmp}/d"], "no/such/file"),
+        (["demo", "--corpus", "no/such #1: x", "--output", "{tmp}/d"], "no/such #1: x"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(

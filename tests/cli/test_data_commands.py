@@ -111,7 +111,9 @@ def test_what_a_folder_holds_beside_text_is_named_and_never_read(
     assert "tokens: it holds what drt has made of text" in capsys.readouterr().err
 
 
-def test_a_tokenizer_is_trained_on_the_training_text_alone(books: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_is_trained_on_the_training_text_alone(
+    books: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def trained(name: str, *inputs: str) -> bytes:
         folder = tmp_path / name
         assert (
@@ -127,6 +129,14 @@ def test_a_tokenizer_is_trained_on_the_training_text_alone(books: Path, tmp_path
     rows = [json.dumps({"body": SENTENCE.format(number)}) for number in range(30)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     trained("rows", str(tmp_path / "rows.jsonl"), "--text-field", "body")
+    (tmp_path / "mine.yaml").write_text("text_field: body\n")
+    preset = "--preset", str(tmp_path / "mine.yaml")
+    assert trained("preset", str(tmp_path / "rows.jsonl"), *preset) == trained(
+        "the same", str(tmp_path / "rows.jsonl"), "--text-field", "body"
+    )
+    wanted = ["--preset", "pg19-hub", "--vocab-size", "300", "--out", str(tmp_path / "hub")]
+    assert main(["data", "tokenizer", str(books), *wanted]) == 2
+    assert "it takes no paths" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,9 @@ def test_a_task_asked_for_by_name_has_the_settings_of_the_run(
     assert (task.segment_size, task.corpus, task.lengths) == (777, models["text"], [2**22])
     asked.task = "all"
     assert list(_tasks(asked, [])) == ["single"]
+    asked.lengths = [512, 1024, 2**20]
+    made = _tasks(asked, [])
+    assert (made["single"].lengths, made["multi"].lengths) == (asked.lengths, [512, 1024])
 
 
 def test_tasks_are_listed(capsys: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from drt.checkpoints import load_checkpoint
@@ -227,6 +228,11 @@ def test_a_checkpoint_is_a_model_too_and_without_its_last_file_not_whole(
     last, final = load_checkpoint(folder / "checkpoint-20"), load_checkpoint(folder)
     assert last.precision == final.precision == short.precision
     assert all(map(torch.equal, last.model.parameters(), final.model.parameters()))
+    file = folder / "checkpoint-20" / "model.safetensors"
+    weights = load_file(file)
+    save_file({name: weights[name] for name in sorted(weights)[1:]}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"lacks 1 weights of a DRTFor.* as {min(weights)}"):
+        load_checkpoint(folder / "checkpoint-20")
     (folder / "checkpoint-20" / PROGRESS_FILE).unlink()
     assert latest_checkpoint(folder) == folder / "checkpoint-10"
     shutil.rmtree(folder / "checkpoint-10")

@@ -31,14 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     action = actions.add_parser("tokenizer", help=text, description=text)
     action.add_argument(
         "paths",
-        nargs="+",
+        nargs="*",
         type=Path,
         metavar="PATH",
         help="as for prepare --from; of several splits that of training is read",
     )
     action.add_argument(
-        "--text-field", default="text", help="field of a row that holds the text [text]"
+        "--preset", default="text", help="a YAML file or a shipped preset, say pg19-hub [text]"
     )
+    _add_source_fields(action)
     action.add_argument("--vocab-size", type=int, required=True, help="entries, 257 or more")
     action.add_argument("--out", type=Path, required=True, help="new folder of the tokenizer")
 
@@ -63,7 +64,7 @@ def _add_prepare(actions: Any) -> None:
     # Each changes the preset's field of its name, and only where it is given.
     unset: dict[str, Any] = {"default": argparse.SUPPRESS}
     action.add_argument("--tokenizer", help='"bytes", a folder, or a name on the hub', **unset)
-    action.add_argument("--text-field", help="field of a row that holds the text", **unset)
+    _add_source_fields(action)
     action.add_argument("--name-field", help="field of a row that names the document", **unset)
     action.add_argument(
         "--end-of-text", action="store_true", help="end each document with the end token", **unset
@@ -73,6 +74,12 @@ def _add_prepare(actions: Any) -> None:
     action.add_argument(
         "--hold-out-one-in", type=int, metavar="N", help="validation from one in N", **unset
     )
+
+
+def _add_source_fields(action: Any) -> None:
+    """What says where texts come from; each changes the preset's field of its name."""
+    unset: dict[str, Any] = {"default": argparse.SUPPRESS}
+    action.add_argument("--text-field", help="field of a row that holds the text", **unset)
     action.add_argument("--hub", metavar="NAME", help="a dataset of the Hugging Face hub", **unset)
     action.add_argument("--hub-subset", help="its configuration", **unset)
     action.add_argument("--hub-revision", help="its commit, tag or branch", **unset)
@@ -113,20 +120,11 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _config(options: argparse.Namespace) -> Any:
-    import yaml
-
     from drt.data.prepared import CorpusConfig
-    from drt.run_config import build
+    from drt.run_config import build, read_mapping
     from drt.shipped import find_config
 
-    is_file = Path(options.preset).is_file()
-    path = find_config(options.preset if is_file else f"data/{options.preset}")
-    try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} must hold a mapping, got {type(fields).__name__}")
+    fields = read_mapping(find_config(options.preset, folder="data"))
     known = CorpusConfig.__dataclass_fields__
     given = {name: value for name, value in vars(options).items() if name in known}
     return build(CorpusConfig, {**fields, **given})
@@ -212,19 +210,17 @@ def _verify(options: argparse.Namespace) -> None:
 
 def _tokenizer(options: argparse.Namespace) -> None:
     from drt.data.bpe import check_new_folder, train_bpe
-    from drt.data.prepared.sources import FileSource, find_splits
+    from drt.data.prepared import find_sources
     from drt.data.reading import left_out
 
     check_new_folder(options.out)
-    splits = find_splits(options.paths)
+    sources = find_sources(_config(options), options.paths)
     if note := left_out(options.paths):
         print(note)
-    split = next(iter(splits)) if len(splits) == 1 else "train"
-    if split not in splits:
-        raise ValueError(f"there are the splits {sorted(splits)} and none to train on: give one")
-    texts = (
-        piece.text for piece in FileSource(splits[split], text_field=options.text_field).read()
-    )
+    split = next(iter(sources)) if len(sources) == 1 else "train"
+    if split not in sources:
+        raise ValueError(f"there are the splits {sorted(sources)} and none to train on: give one")
+    texts = (piece.text for piece in sources[split].read())
     tokenizer = train_bpe(texts, options.vocab_size)
     tokenizer.save_pretrained(str(options.out))
     print(f"{options.out}: {len(tokenizer):,} entries")

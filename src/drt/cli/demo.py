@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ def run(options: argparse.Namespace) -> None:
     if options.max_length:
         overrides.append(f"evaluation.lengths={_longer(options)}")
     if options.corpus:
-        overrides.append(f"corpus={options.corpus}")
+        # Quoted: a name is no YAML.
+        overrides.append(f"corpus={json.dumps(options.corpus)}")
     configs: dict[str, Any] = {
         DRT: load_config(find_config(options.config), overrides),
         BASELINE: load_config(find_config(options.baseline), overrides),

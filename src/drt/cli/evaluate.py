@@ -111,14 +111,16 @@ def _tasks(options: argparse.Namespace, sources: list[Path]) -> dict[str, Any]:
     if options.task == ALL and options.lengths:
         # The longest length for several needles holds for these too.
         evaluation = replace(evaluation, lengths=options.lengths)
-    # Asked for by its name, "multi" has these settings at any lengths.
-    everywhere = replace(evaluation, multi_up_to=max(evaluation.lengths, default=0))
-    own = {name: asdict(task) for name, task in needle_evaluations(everywhere).items()}
+    if options.task != ALL:
+        # Asked for by its name, "multi" has these settings at any lengths.
+        evaluation = replace(evaluation, multi_up_to=max(evaluation.lengths, default=0))
+    needles = needle_evaluations(evaluation)
+    own = {name: asdict(task) for name, task in needles.items()}
     own["needle"] = {key: value for key, value in own["single"].items() if key != "task"}
     own["babi"] = {key: own["single"][key] for key in ("memory", "memory_dtype", "segment_size")}
     haystack = {} if run is None or run.corpus is None else {"corpus": run.corpus}
     made = {}
-    for name in needle_evaluations(evaluation) if options.task == ALL else (options.task,):
+    for name in needles if options.task == ALL else (options.task,):
         below = {**own[name], **haystack} if name in own else {}
         above = _shortcuts(options, name), parse_settings(options.settings)
         made[name] = make_task(name, below, *above)
