@@ -86,11 +86,12 @@ def load_checkpoint(name: str | Path) -> Checkpoint:
     precision = load_config(run).precision if run.is_file() else "float32"
     tokenizer: Any = load_tokenizer(str(found))
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(found), dtype=torch.float32, output_loading_info=True
         )
     except SafetensorError as error:
         raise ValueError(f"the weights in {found} are damaged: {error}") from error
+    model, report = loaded
     if missing := sorted(report["missing_keys"]):
         # They would be random.
         raise ValueError(

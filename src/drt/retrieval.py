@@ -183,13 +183,13 @@ class _ChosenScores(torch.autograd.Function):
         device, shape = queries.device, (*queries.shape[:2], search.topk)
         scores = torch.zeros(shape, dtype=sum_dtype(queries), device=device)
         indices = torch.full(shape, -1, dtype=torch.int64, device=device)
-        limits = (search.firsts, search.limits)
-        bounds = tuple(each.to(device, non_blocking=True)[..., None] for each in limits)
+        firsts = search.firsts.to(device, non_blocking=True)[..., None]
+        limits = search.limits.to(device, non_blocking=True)[..., None]
         vectors = queries.to(scores.dtype), landmarks.to(scores.dtype)
         with without_autocast(device.type):
             for tiles in search.blocks(landmarks.shape[1]):
                 if tiles:
-                    parts = [_search_tile(*vectors, *bounds, tile, search) for tile in tiles]
+                    parts = [_search_tile(*vectors, firsts, limits, tile, search) for tile in tiles]
                     found = _best(parts, search.topk)
                     place = (slice(None), tiles[0].queries, slice(found.keys.shape[-1]))
                     scores[place] = found.scores

@@ -121,7 +121,7 @@ def test_a_first_token_that_a_model_does_not_name_is_refused(gpt2: Checkpoint, t
     nameless = GPT2LMHeadModel(GPT2Config(**{**gpt2.model.config.to_dict(), "bos_token_id": None}))
     checkpoint = gpt2._replace(model=nameless.eval())
     task = NeedleEvaluationTask(lengths=[128], questions=1, corpus=text, begin_with_bos=True)
-    with pytest.raises(ValueError, match="GPT2LMHeadModel has no bos_token_id"):
+    with pytest.raises(ValueError, match="a gpt2 has no bos_token_id"):
         task.evaluate(checkpoint, title="g")
 
 

@@ -400,6 +400,14 @@ def test_a_study_in_the_folder_one_is_in(study_file: Path, monkeypatch: pytest.M
             "length is 1000; it must be a multiple of chunk_size",
         ),
         (
+            "rows.last={model: {model_type: llama, max_position_embeddings: 100}}",
+            "row 'last': a llama has 100 positions (max_position_embeddings), 128 tokens need more",
+        ),
+        (
+            "measurements.more={task: cost, settings: {segment_size: 0}}",
+            "segment_size must be at least 1",
+        ),
+        (
             "measurements.more={task: summarization, settings: {path: no/where}}",
             "no/where",
         ),
@@ -411,6 +419,17 @@ def test_nothing_is_trained_before_all_rows_are_seen_to_be_right(
     folder = study_file.parent / "runs"
     assert main(["study", str(study_file), override, "--output", str(folder)]) == 2
     assert message in capsys.readouterr().err
+    assert not folder.exists()
+
+
+def test_rows_that_processes_cannot_share_are_refused_first(
+    study_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = study_file.parent / "runs"
+    words = ["study", str(study_file), "--output", str(folder), "--processes", "3"]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "row 'window': 2 rows of 128 tokens a step cannot be shared out over 3" in said
     assert not folder.exists()
 
 
@@ -487,7 +506,7 @@ def test_a_row_that_begins_with_a_model_of_another_kind_is_not_taken_for_a_drt(
     folder = study_file.parent / "llama"
     LlamaConfig(vocab_size=258, hidden_size=8, num_attention_heads=2).save_pretrained(folder)
     byte_tokenizer().save_pretrained(str(folder))
-    row = f"rows.other={{initial: {folder}, model: {{max_position_embeddings: 64}}}}"
+    row = f"rows.other={{initial: {folder}, model: {{max_position_embeddings: 128}}}}"
     check_jobs(load_study(study_file, [row]), study_file.parent / "runs")
     wrong = row.replace("max_position", "max_positions")
     with pytest.raises(ValueError, match=r"unknown key model\.max_positions_embeddings of a llama"):

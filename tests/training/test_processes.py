@@ -287,7 +287,7 @@ def as_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         state.distributed_type = DistributedType.MULTI_GPU
 
     monkeypatch.setattr(PartialState, "__init__", start_on_gpus)
-    monkeypatch.setattr(run, "_check_processes", lambda *_: None)
+    monkeypatch.setattr(run, "check_processes", lambda *_: None)
 
 
 @pytest.mark.slow

@@ -79,7 +79,7 @@ def _run_all(study: Any, folder: Path, options: argparse.Namespace) -> list[str]
     for name in ("workers", "processes"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
-    check_jobs(study, folder)
+    check_jobs(study, folder, num_processes=options.processes)
     failed, is_checked = [], False
     print(f"{len(plan_jobs(study))} runs in {folder}, what they say in <row>/seed-<n>-log.txt")
     for job, seconds, status in run_all(

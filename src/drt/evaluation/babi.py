@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from drt.checkpoints import Checkpoint
 from drt.data import BabiStories, Corpus, NeedleExample, load_corpus, score_answer
@@ -101,6 +102,10 @@ class BabiTask:
         if self.corpus is not None:
             check_path(Path(self.corpus))
 
+    def check_model(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+        """Raise the ValueErrors of `evaluate`."""
+        self._check_lengths(config, load_corpus(self.corpus, tokenizer), self._chunk_size(config))
+
     def evaluate(self, checkpoint: Checkpoint, *, title: str) -> dict[str, Any]:
         """Score a model.
 
@@ -116,9 +121,9 @@ class BabiTask:
                 such first token.
         """
         corpus = load_corpus(self.corpus, checkpoint.tokenizer)
-        size = self.chunk_size or common_chunk_size([checkpoint.model.config])
+        size = self._chunk_size(checkpoint.model.config)
         cells = [(length, task) for length in sorted(set(self.lengths)) for task in self.tasks]
-        self._check_lengths(checkpoint.model, corpus, size)
+        self._check_lengths(checkpoint.model.config, corpus, size)
         scores = []
         # Long contexts take the time: the bar counts tokens read.
         total = sum(self._count(corpus, *cell, size) * cell[0] for cell in cells)
@@ -135,18 +140,21 @@ class BabiTask:
                 scores.append(_score(task, length, answers)._asdict())
         return {"scores": scores, "settings": asdict(self)}
 
-    def _check_lengths(self, model: Any, corpus: Corpus, chunk_size: int) -> None:
+    def _chunk_size(self, config: PreTrainedConfig) -> int:
+        return self.chunk_size or common_chunk_size([config])
+
+    def _check_lengths(self, config: PreTrainedConfig, corpus: Corpus, chunk_size: int) -> None:
         """Refuse a length that fits a task or the model not, before any other is asked."""
         for length in self.lengths:
             for task in self.tasks:
                 example = self._stories(task).evaluation_example(
                     corpus, seed=self.seed, index=0, length=length, chunk_size=chunk_size
                 )
-                needed = tokens_needed(example) + len(self._first(model))
-                check_length(model, needed, beyond_limit=self.beyond_limit)
+                needed = tokens_needed(example) + len(self._first(config))
+                check_length(config, needed, beyond_limit=self.beyond_limit)
 
-    def _first(self, model: Any) -> list[int]:
-        token = first_token(model, wanted=self.begin_with_bos)
+    def _first(self, config: PreTrainedConfig) -> list[int]:
+        token = first_token(config, wanted=self.begin_with_bos)
         return [] if token is None else [token]
 
     def _stories(self, task: int) -> BabiStories:
@@ -158,7 +166,7 @@ class BabiTask:
         return min(self.n, there)
 
     def _ask(self, model: Any, example: NeedleExample, chunk_size: int) -> StoryAnswer:
-        (question,), first = example.questions, self._first(model)
+        (question,), first = example.questions, self._first(model.config)
         with start_reading(
             model,
             segment_size=self.segment_size,

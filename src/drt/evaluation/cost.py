@@ -13,12 +13,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from drt import hardware
 from drt.checkpoints import Checkpoint
 from drt.evaluation.held_bytes import held_bytes
 from drt.evaluation.memory import peak_growth
-from drt.evaluation.needles import common_chunk_size, temporary_memory
+from drt.evaluation.needles import check_sizes, common_chunk_size, temporary_memory
 from drt.evaluation.pictures import short_length
 from drt.evaluation.progress import token_bar
 from drt.evaluation.reading import Reading, check_length, start_reading
@@ -64,6 +65,13 @@ class CostTask:
             raise ValueError(f"lengths must be of at least 1 token, got {self.lengths}")
         if self.training_length is not None and self.training_length < 2:
             raise ValueError(f"training_length must be at least 2, got {self.training_length}")
+        check_sizes(chunk_size=None, segment_size=self.segment_size)
+
+    def check_model(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+        """Raise the ValueError of `evaluate`."""
+        decoded = 1 + self.num_chunks * common_chunk_size([config])
+        for tokens in (max(self.lengths) + decoded, self.training_length or 0):
+            check_length(config, tokens, beyond_limit=self.beyond_limit)
 
     def evaluate(self, checkpoint: Checkpoint, *, title: str) -> dict[str, Any]:
         """Measure a model.
@@ -83,12 +91,8 @@ class CostTask:
             ValueError: a length, that of training included, is beyond the model's positions.
         """
         measuring = _Measuring(self, checkpoint)
+        self.check_model(checkpoint.tokenizer, checkpoint.model.config)
         lengths = sorted(set(self.lengths))
-        for length in lengths:
-            tokens = length + 1 + self.num_chunks * measuring.chunk_size
-            check_length(checkpoint.model, tokens, beyond_limit=self.beyond_limit)
-        if self.training_length is not None:
-            check_length(checkpoint.model, self.training_length, beyond_limit=self.beyond_limit)
         samples: dict[int, list[dict[str, Any]]] = {length: [] for length in lengths}
         steps: list[dict[str, Any]] = []
         total = self.num_repeats * sum(lengths)

@@ -97,10 +97,8 @@ class NeedleEvaluationTask:
             check_path(Path(self.corpus))
 
     def check_model(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
-        """Raise the ValueError of `evaluate` for lengths that fit neither task nor chunks."""
-        corpus, size = load_corpus(self.corpus, tokenizer), self._chunk_size(config)
-        for length in self.lengths:
-            self._first_example(corpus, size, length)
+        """Raise the ValueErrors of `evaluate`."""
+        self._readable_lengths(config, load_corpus(self.corpus, tokenizer))
 
     def evaluate(self, checkpoint: Checkpoint, *, title: str) -> dict[str, Any]:
         """Score a model.
@@ -120,7 +118,7 @@ class NeedleEvaluationTask:
         corpus = load_corpus(self.corpus, checkpoint.tokenizer)
         with checkpoint.autocast():
             scores = self.score(model, corpus, title=title)
-        limit = position_limit(model)
+        limit = position_limit(model.config)
         done = {score.length for score in scores}
         return {
             "scores": as_rows(scores),
@@ -128,8 +126,10 @@ class NeedleEvaluationTask:
             "chunk_size": self._chunk_size(model.config),
             "position_limit": None if limit is None else limit.num_tokens,
             "beyond_limit": limit is not None
-            and any(self._needed(model, corpus, length) > limit.num_tokens for length in done),
-            "first_token_id": self._first_token(model),
+            and any(
+                self._needed(model.config, corpus, length) > limit.num_tokens for length in done
+            ),
+            "first_token_id": self._first_token(model.config),
             "haystack_tokens": corpus.num_tokens("held_out"),
             "tokenizer": tokenizer_fingerprint(checkpoint.tokenizer),
             "precision": checkpoint.precision,
@@ -148,7 +148,7 @@ class NeedleEvaluationTask:
         Raises:
             ValueError: as `evaluate`.
         """
-        lengths = self._readable_lengths(model, corpus)
+        lengths = self._readable_lengths(model.config, corpus)
         points = [(length, depth) for length in lengths for depth in self.depths or [None]]
         scores = []
         # Long contexts take the time: the bar counts tokens read.
@@ -175,17 +175,17 @@ class NeedleEvaluationTask:
             segment_size=self.segment_size,
             new_memory=partial(temporary_memory, self.memory, self.memory_dtype),
             beyond_limit=self.beyond_limit == "go_on",
-            first_token_id=self._first_token(model),
+            first_token_id=self._first_token(model.config),
             on_context=bar.update,
         )
 
-    def _readable_lengths(self, model: Any, corpus: Corpus) -> list[int]:
+    def _readable_lengths(self, config: PreTrainedConfig, corpus: Corpus) -> list[int]:
         """The lengths that the model has positions for, found out before anything is read."""
         lengths = []
         for length in sorted(set(self.lengths)):
-            needed = self._needed(model, corpus, length)
+            needed = self._needed(config, corpus, length)
             try:
-                check_length(model, needed, beyond_limit=self.beyond_limit == "go_on")
+                check_length(config, needed, beyond_limit=self.beyond_limit == "go_on")
             except ValueError:
                 if self.beyond_limit != "leave_out":
                     raise
@@ -193,10 +193,10 @@ class NeedleEvaluationTask:
                 lengths.append(length)
         return lengths
 
-    def _needed(self, model: Any, corpus: Corpus, length: int) -> int:
+    def _needed(self, config: PreTrainedConfig, corpus: Corpus, length: int) -> int:
         """Tokens that the model reads for an example, the first and its own answer among them."""
-        example = self._first_example(corpus, self._chunk_size(model.config), length)
-        return tokens_needed(example) + (self._first_token(model) is not None)
+        example = self._first_example(corpus, self._chunk_size(config), length)
+        return tokens_needed(example) + (self._first_token(config) is not None)
 
     def _first_example(self, corpus: Corpus, chunk_size: int, length: int) -> Any:
         return self.task.evaluation_example(
@@ -222,8 +222,8 @@ class NeedleEvaluationTask:
     def _chunk_size(self, config: PreTrainedConfig) -> int:
         return self.chunk_size or common_chunk_size([config])
 
-    def _first_token(self, model: Any) -> int | None:
-        return first_token(model, wanted=self.begin_with_bos)
+    def _first_token(self, config: PreTrainedConfig) -> int | None:
+        return first_token(config, wanted=self.begin_with_bos)
 
     @staticmethod
     def table(records: dict[str, dict[str, Any]]) -> str:

@@ -11,13 +11,14 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from transformers import PreTrainedConfig
 
+from drt.configuration import DRTConfig
 from drt.data import Corpus, NeedleExample, NeedleQuestion, NeedleTask, score_answer
 from drt.evaluation.intervals import Interval, effective_number, wilson_interval
 from drt.evaluation.memory import peak_rss, reset_peak_rss
 from drt.evaluation.reading import NewMemory, Reading, check_length, start_reading
 from drt.memory import ChunkMemory, DiskMemory, HostMemory
-from drt.modeling import DRTForCausalLM
 from drt.retrieval import Retrieval
 
 DEFAULT_CHUNK_SIZE = 64
@@ -94,18 +95,18 @@ def check_sizes(*, chunk_size: int | None, segment_size: int) -> None:
             raise ValueError(f"{name} must be at least 1, got {size}")
 
 
-def first_token(model: Any, *, wanted: bool) -> int | None:
+def first_token(config: PreTrainedConfig, *, wanted: bool) -> int | None:
     """The token that is read before each context; None = none is wanted, or the model is a DRT.
 
     Raises:
         ValueError: one is wanted of a model that names none.
     """
-    if not wanted or isinstance(model, DRTForCausalLM):
+    if not wanted or isinstance(config, DRTConfig):
         return None
-    found = model.config.get_text_config().bos_token_id
+    found = config.get_text_config().bos_token_id
     if found is None:
         raise ValueError(
-            f"begin_with_bos: the configuration of {type(model).__name__} has no bos_token_id"
+            f"begin_with_bos: the configuration of a {config.model_type} has no bos_token_id"
         )
     return found
 
@@ -200,7 +201,7 @@ def evaluate_needles(
             corpus, seed=seed, index=len(contexts), length=length, chunk_size=size, depth=depth
         )
         # Before hours of reading, not after.
-        check_length(model, len(first) + tokens_needed(example), beyond_limit=beyond_limit)
+        check_length(model.config, len(first) + tokens_needed(example), beyond_limit=beyond_limit)
         with start_reading(
             model, segment_size=segment_size, new_memory=new_memory, beyond_limit=beyond_limit
         ) as reading:

@@ -152,8 +152,9 @@ class PerplexityTask:
         self._excerpts(PreparedSplit(self.data))
 
     def check_model(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
-        """Raise the ValueError of `evaluate` where another tokenizer made the split's tokens."""
-        PreparedSplit(self.data, tokenizer=tokenizer)
+        """Raise the ValueErrors of `evaluate`."""
+        excerpts = self._excerpts(PreparedSplit(self.data, tokenizer=tokenizer))
+        self._check_length(config, excerpts)
 
     def evaluate(self, checkpoint: Checkpoint, *, title: str) -> dict[str, Any]:
         """Score a model.
@@ -176,6 +177,7 @@ class PerplexityTask:
         split = PreparedSplit(self.data, tokenizer=checkpoint.tokenizer)
         checkpoint.model.eval()
         excerpts = self._excerpts(split)
+        self._check_length(checkpoint.model.config, excerpts)
         with checkpoint.autocast():
             if self.mode == "book":
                 scored = self._score_books(checkpoint.model, split, excerpts, title)
@@ -233,6 +235,12 @@ class PerplexityTask:
             max_tokens=self.max_tokens,
         )
 
+    def _check_length(self, config: PreTrainedConfig, excerpts: list[Excerpt]) -> None:
+        """Refuse what a model has no positions for, before anything is read."""
+        is_whole = self.mode == "book"
+        longest = max(x.num_tokens for x in excerpts) if is_whole else max(self.lengths)
+        check_length(config, longest, beyond_limit=self.beyond_limit)
+
     def _windows(self, excerpts: list[Excerpt]) -> dict[int, list[Window]]:
         """What is read at each length."""
         lengths = sorted(set(self.lengths))
@@ -252,9 +260,6 @@ class PerplexityTask:
         """A row for each length, shortest first."""
         plan = self._windows(excerpts)
         scored = []
-        for length in plan:
-            # Before any is read: the longest would be refused last.
-            check_length(model, length, beyond_limit=self.beyond_limit)
         total = sum(x.num_tokens for windows in plan.values() for x in windows)
         with token_bar(title, total) as bar:
             for length, windows in plan.items():
@@ -281,8 +286,6 @@ class PerplexityTask:
         self, model: Any, split: PreparedSplit, excerpts: list[Excerpt], title: str
     ) -> list[ScoredWindows]:
         """A row for each bucket of positions, and one for all."""
-        longest = max(excerpt.num_tokens for excerpt in excerpts)
-        check_length(model, longest, beyond_limit=self.beyond_limit)
         found: dict[tuple[int, int], list[tuple[Window, float]]] = {}
         with token_bar(title, sum(excerpt.num_tokens for excerpt in excerpts)) as bar:
             for excerpt in excerpts:

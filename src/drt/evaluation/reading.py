@@ -15,8 +15,9 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
-from drt.baselines.base import BaselineForCausalLM
+from drt.configuration import DecoderConfig
 from drt.loss import losses_of_logits
 from drt.memory import ChunkMemory
 from drt.modeling import DRTForCausalLM
@@ -51,40 +52,40 @@ class PositionLimit(NamedTuple):
     """Whether there is no position beyond; rotary positions go on, untrained."""
 
 
-def position_limit(model: Any) -> PositionLimit | None:
+def position_limit(config: PreTrainedConfig) -> PositionLimit | None:
     """The tokens that a model was made for; None where it has no limit, as models of DRT have none.
 
     Args:
-        model: a causal language model of transformers.
+        config: of a causal language model of transformers.
     """
     # There, max_position_embeddings is the length of a training row, for information.
-    if isinstance(model, (DRTForCausalLM, BaselineForCausalLM)):
+    if isinstance(config, DecoderConfig):
         return None
-    config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
+    of_text = config.get_text_config()
+    limit = getattr(of_text, "max_position_embeddings", None)
     if limit is None:
         return None
-    is_rotary = any(getattr(config, name, None) is not None for name in _ROTARY_FIELDS)
+    is_rotary = any(getattr(of_text, name, None) is not None for name in _ROTARY_FIELDS)
     return PositionLimit(limit, not is_rotary)
 
 
-def check_length(model: Any, num_tokens: int, *, beyond_limit: bool = False) -> None:
+def check_length(config: PreTrainedConfig, num_tokens: int, *, beyond_limit: bool = False) -> None:
     """Refuse a text that is longer than a model's positions.
 
     Args:
-        model: a causal language model of transformers.
+        config: of a causal language model of transformers.
         num_tokens: tokens that it is to read, answers among them.
         beyond_limit: whether rotary positions may go on.
 
     Raises:
         ValueError: it is too long.
     """
-    limit = position_limit(model)
+    limit = position_limit(config)
     if limit is None or num_tokens <= limit.num_tokens or (beyond_limit and not limit.is_hard):
         return
     way_out = "" if limit.is_hard else "; beyond_limit lets its rotary positions go on, untrained"
     raise ValueError(
-        f"{type(model).__name__} has {limit.num_tokens} positions (max_position_embeddings), "
+        f"a {config.model_type} has {limit.num_tokens} positions (max_position_embeddings), "
         f"{num_tokens} tokens need more{way_out}"
     )
 
@@ -296,7 +297,7 @@ class CachedReading(Reading):
     def _checked(self, ids: Tensor, *, extra: int = 0) -> Tensor:
         ids = super()._checked(ids)
         total = self.num_tokens + len(ids) + extra
-        check_length(self.model, total, beyond_limit=self.beyond_limit)
+        check_length(self.model.config, total, beyond_limit=self.beyond_limit)
         return ids
 
 

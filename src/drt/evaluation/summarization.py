@@ -108,7 +108,9 @@ class SummarizationTask(SummarySource):
         prompts = [written_as.prompt(example, length=room) for example in examples]
         longest = max(len(prompt.token_ids) for prompt in prompts)
         check_length(
-            checkpoint.model, longest + self.max_summary_tokens, beyond_limit=self.beyond_limit
+            checkpoint.model.config,
+            longest + self.max_summary_tokens,
+            beyond_limit=self.beyond_limit,
         )
         started = time.perf_counter()
         written: dict[int, WrittenSummary] = {}

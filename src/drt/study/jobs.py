@@ -24,6 +24,7 @@ from drt.checkpoints import load_checkpoint
 from drt.data.tokenization import tokenizer_fingerprint
 from drt.evaluation import tasks
 from drt.evaluation.needles import common_chunk_size
+from drt.evaluation.reading import position_limit
 from drt.evaluation.tasks import make_task
 from drt.flops import flops_if_known
 from drt.memory.files import write_whole
@@ -32,6 +33,7 @@ from drt.study.config import Measurement, StudyConfig, run_config, run_folder
 from drt.training import train
 from drt.training.folder import changes_since, initial_config, is_finished, training_seconds
 from drt.training.materials import Planned, check_data, plan_of, plan_run
+from drt.training.run import check_processes
 
 RESULTS_FILE = "results.json"
 """In a run's folder: a list of what was measured, with what settings and on what hardware."""
@@ -87,12 +89,13 @@ def _as_stored(measurement: Measurement) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(measurement)))
 
 
-def check_jobs(study: StudyConfig, folder: Path) -> None:
+def check_jobs(study: StudyConfig, folder: Path, *, num_processes: int = 1) -> None:
     """Refuse, before hours of training, what would fail after them.
 
     Args:
         study: the study.
         folder: where its runs are kept.
+        num_processes: processes that train a run.
 
     Raises:
         ValueError: a row or a measurement has a wrong setting or no data, a model cannot be as its
@@ -108,15 +111,18 @@ def check_jobs(study: StudyConfig, folder: Path) -> None:
     for row in study.trained:
         try:
             config = run_config(study, base, row, study.seeds[0], folder)
+            check_processes(config, num_processes)
             plan = _plan(study, base, row, planned)
             chunk_sizes[row] = common_chunk_size([plan.model_config])
-            tokens = tokenizer_fingerprint(plan.tokenizer)
+            # Rows that are alike in these can do the same measurements.
+            alike = (tokenizer_fingerprint(plan.tokenizer), chunk_sizes[row])
+            alike += (position_limit(plan.model_config), plan.model_config.bos_token_id)
             for measurement in study.measurements_of(row).values():
-                if (measurement, tokens, chunk_sizes[row]) not in checked:
+                if (measurement, alike) not in checked:
                     task = make_task(measurement.task, measurement.settings)
                     tasks.check_data(task)
                     tasks.check_model(task, plan.tokenizer, plan.model_config)
-                    checked.append((measurement, tokens, chunk_sizes[row]))
+                    checked.append((measurement, alike))
             # Rows of a study mostly share their data.
             data = (config.text, config.summaries, config.training, config.tokenizer)
             of_needles = (config.stages, config.chunk_size, config.model.get("chunk_size"))

@@ -159,19 +159,20 @@ def _problem(results: Results, shown: Column | Curve, nothing_is_wrong: bool) ->
         there = _what_is_there(records[0], path)
         return f" finds no {path!r} in any record of {shown.measurement!r}, but {there}"
     what = f": {path!r} of {shown.measurement!r} is no"
+    part: Any
     for part in found:
-        if isinstance(shown, Column) and not isinstance(part, int | float):
-            return f"{what} number but a {type(part).__name__}"
-        if isinstance(shown, Curve) and not _are_points(part, shown):
-            return (
-                f"{what} list of points with numbers above 0 as {shown.x!r} and numbers as "
-                f"{shown.y!r}"
-            )
         if isinstance(shown, Curve):
+            if not _are_points(part, shown):
+                return (
+                    f"{what} list of points with numbers above 0 as {shown.x!r} and numbers as "
+                    f"{shown.y!r}"
+                )
             try:
                 shown_points(part, shown)
             except ValueError as error:
                 return f": {error}"
+        elif not isinstance(part, int | float):
+            return f"{what} number but a {type(part).__name__}"
     return ""
 
 

@@ -83,7 +83,7 @@ def train(
         return final
 
     def prepare() -> tuple[Materials, TrainingArguments]:
-        _check_processes(config, processes.num_processes)
+        check_processes(config, processes.num_processes)
         materials = make_materials(config, corpus)
         if config.training.gradient_checkpointing:
             materials.model.gradient_checkpointing_enable()
@@ -158,8 +158,12 @@ def _check_shared(folder: Path) -> None:
         )
 
 
-def _check_processes(config: RunConfig, num_processes: int) -> None:
-    """Refuse rows that cannot be shared out, and sharding where there is nothing to do it."""
+def check_processes(config: RunConfig, num_processes: int) -> None:
+    """Refuse rows that cannot be shared out, and sharding where there is nothing to do it.
+
+    Raises:
+        ValueError: so many processes cannot train the run here.
+    """
     parts = num_processes * config.training.num_micro_batches
     for length in config.row_lengths:
         rows = config.training.rows_per_step(length)
@@ -171,8 +175,8 @@ def _check_processes(config: RunConfig, num_processes: int) -> None:
     if num_processes == 1 and torch.cuda.device_count() > 1:
         # The Trainer would spread the rows of a part over them in one process.
         raise ValueError(
-            f"one process sees {torch.cuda.device_count()} GPUs: start one a GPU with torchrun, or "
-            "choose one with CUDA_VISIBLE_DEVICES"
+            f"one process sees {torch.cuda.device_count()} GPUs: start one a GPU, with torchrun or "
+            "--processes of a study, or choose one with CUDA_VISIBLE_DEVICES"
         )
     if config.training.sharding == "fsdp":
         if not torch.cuda.is_available():
