@@ -110,28 +110,34 @@ def test_texts_after_prompts_of_unequal_length(harness: Any, model: DRTForCausal
 
 
 @pytest.mark.slow
-def test_a_needle_task_of_ruler(folder: str, harness: Any, model: DRTForCausalLM) -> None:
+@pytest.mark.parametrize(
+    ("name", "length"),
+    [("niah_single_1", LENGTH), ("niah_multikey_2", LENGTH), ("niah_multikey_3", 2 * LENGTH)],
+)
+def test_needle_tasks_of_ruler(
+    folder: str, harness: Any, model: DRTForCausalLM, name: str, length: int
+) -> None:
     from datasets import Dataset
     from lm_eval.tasks import TaskManager
 
     # Only its folder is searched: the thousands of other tasks cost half a minute.
-    settings = {"max_seq_lengths": [LENGTH], "tokenizer": folder}
+    settings = {"max_seq_lengths": [length], "tokenizer": folder}
     tasks = Path(lm_eval.__file__).parent / "tasks" / "ruler"
     manager = TaskManager(include_path=str(tasks), include_defaults=False, metadata=settings)
-    task = manager.load(["niah_single_1"])["tasks"]["niah_single_1"]
+    task = manager.load([name])["tasks"][name]
     docs: list[dict[str, Any]] = task.dataset["test"].to_list()[:2]
     prompts = [f"{doc['input']} {doc['gen_prefix']}" for doc in docs]
     for doc, prompt in zip(docs, prompts, strict=True):
         # The prompt and the 128 tokens that are allowed as its answer fit the length asked for.
-        assert 0.5 * LENGTH < len(prompt) + 128 <= LENGTH
+        assert 0.5 * length < len(prompt) + 128 <= length
         assert prompt.count(doc["outputs"][0]) == 1
     texts = [generated(model, prompt, 128) for prompt in prompts]
     # A model that never read a text finds no needle: let one answer be what it says there.
     docs[1]["outputs"] = [max(re.findall("[A-Za-z]+", texts[1]), key=len)]
     task.dataset = {"test": Dataset.from_list(docs)}
     result = lm_eval.simple_evaluate(harness, tasks=[task], metadata=settings, bootstrap_iters=0)
-    samples = {each["doc_id"]: each for each in result["samples"]["niah_single_1"]}
+    samples = {each["doc_id"]: each for each in result["samples"][name]}
     assert [samples[number]["arguments"][0][0] for number in (0, 1)] == prompts
     assert [samples[number]["resps"] for number in (0, 1)] == [[[text]] for text in texts]
     assert docs[0]["outputs"][0] not in texts[0]
-    assert result["results"]["niah_single_1"][f"{LENGTH},none"] == 0.5
+    assert result["results"][name][f"{length},none"] == 0.5

@@ -14,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 from drt.architectures import attach_tokenizer
 from drt.data import load_tokenizer
 from drt.modeling import DRTForCausalLM
-from drt.precision import Precision, autocast
+from drt.precision import Precision, autocast, uses_bfloat16
 from drt.run_config import CONFIG_FILE, FINAL_FOLDER, load_config
 
 
@@ -28,7 +28,7 @@ class Checkpoint(NamedTuple):
     tokenizer: Any
     """Its tokenizer."""
     precision: Precision
-    """Precision of matrix products, as in the run's configuration."""
+    """Precision of matrix products."""
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context to run the model in."""
@@ -68,12 +68,16 @@ def load_model_config(model: Path) -> PreTrainedConfig:
         raise ValueError(f"{model} {place}: {reason}") from error
 
 
-def load_checkpoint(name: str | Path) -> Checkpoint:
+def load_checkpoint(name: str | Path, *, precision: Precision | None = None) -> Checkpoint:
     """Load a causal language model with its tokenizer, onto the GPU if there is one.
+
+    Weights are float32; those of a model that is no run of `drt train` are bfloat16 if products are
+    asked to be.
 
     Args:
         name: the folder of a run, or of any saved model that transformers can load; or, where
             there is no folder OWNER, the name OWNER/NAME of a model on the Hugging Face hub.
+        precision: of matrix products; None = as in the run's configuration, float32 without one.
 
     Raises:
         ValueError: no such model or tokenizer, damaged or missing weights, or a tokenizer with more
@@ -83,11 +87,15 @@ def load_checkpoint(name: str | Path) -> Checkpoint:
     disable_progress_bar()
     found = locate_model(name)
     run = found / CONFIG_FILE
-    precision = load_config(run).precision if run.is_file() else "float32"
+    dtype = torch.float32
+    if precision is None:
+        precision = load_config(run).precision if run.is_file() else "float32"
+    elif not run.is_file() and uses_bfloat16(precision):
+        dtype = torch.bfloat16
     tokenizer: Any = load_tokenizer(str(found))
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(found), dtype=torch.float32, output_loading_info=True
+            str(found), dtype=dtype, output_loading_info=True
         )
     except SafetensorError as error:
         raise ValueError(f"the weights in {found} are damaged: {error}") from error

@@ -8,9 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from drt import DRTForCausalLM
+from drt.checkpoints import load_checkpoint
 from drt.cli.evaluate import _tasks
 from drt.cli.main import main
 from drt.data import byte_tokenizer
@@ -63,6 +65,19 @@ def test_models_side_by_side(models: dict[str, str], tmp_path: Path, capsys: Any
         # The Llama has no chunks, so those of the DRT count.
         assert model["single"]["chunk_size"] == 16
     assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_models_in_the_precision_that_is_asked_for(models: dict[str, str], tmp_path: Path) -> None:
+    file = tmp_path / "records.json"
+    command = ["eval", models["d"], models["l"], "--task", "single", "--corpus", models["text"]]
+    options = ["--precision", "bfloat16", "--json", str(file)]
+    assert main([*command, *SETTINGS, *options]) == 0
+    records = json.loads(file.read_text())["models"]
+    assert {record["single"]["precision"] for record in records.values()} == {"bfloat16"}
+    loaded = load_checkpoint(models["l"], precision="bfloat16")
+    assert {weight.dtype for weight in loaded.model.parameters()} == {torch.bfloat16}
+    loaded = load_checkpoint(models["l"], precision="float32")
+    assert {weight.dtype for weight in loaded.model.parameters()} == {torch.float32}
 
 
 def test_any_needle_task(models: dict[str, str], capsys: Any) -> None:

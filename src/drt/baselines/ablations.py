@@ -12,7 +12,9 @@ Of RPT (arXiv 2306.13421) this has the frame: a decoder whose lower half's outpu
 by chunk, bidirectionally; one retrieval a chunk, by the chunk just read, among the earlier ones of
 the same text; upper layers that attend to all tokens of the retrieved chunks at once, in the
 residual stream. It has no retriever trained on the scores of a reference language model (here the
-retriever is frozen), so no scheduled sampling either, and no gate on neighbours.
+retriever is frozen), so no scheduled sampling either, and no gate on neighbours. A neighbour is the
+retrieved chunk alone, where RPT appends the chunk that follows it; attention to it has no positions
+and softmax-plus-one, where RPT's has rotary ones and a learned null key.
 """
 
 from typing import Any, Literal

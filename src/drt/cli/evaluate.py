@@ -52,6 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("computed", "float32", "bfloat16", "int8"),
         help="how keys and values are stored",
     )
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bfloat16"),
+        help="of matrix products, and of the weights of models that drt has not trained "
+        "[as in the run's configuration; float32 for others]",
+    )
     parser.add_argument("--seed", type=int, help="seed of the examples")
     parser.add_argument("--json", type=Path, help="also write the records to this file")
     parser.add_argument("--figure", type=Path, help="also draw the records, say to a .png")
@@ -74,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
         check_data(task)
     records: dict[str, dict[str, Any]] = {}
     try:
-        _evaluate(tasks, models, records, options.json)
+        _evaluate(tasks, models, records, options)
     finally:
         # What was measured before an error or an interruption is shown too.
         measured = {name: _of_task(name, records) for name in tasks}
@@ -188,9 +194,9 @@ def _evaluate(
     tasks: Mapping[str, Any],
     models: Mapping[str, str],
     records: dict[str, dict[str, Any]],
-    to: Path | None,
+    options: argparse.Namespace,
 ) -> None:
-    """Fill in model name -> task -> record, and write all to a file after each."""
+    """Fill in model name -> task -> record, and write all to the file that was named after each."""
     import json
 
     from drt import hardware
@@ -198,13 +204,13 @@ def _evaluate(
     from drt.memory.files import write_whole
 
     for name, where in models.items():
-        checkpoint = load_checkpoint(where)
+        checkpoint = load_checkpoint(where, precision=options.precision)
         for task in tasks:
             record = tasks[task].evaluate(checkpoint, title=f"{name}, {task}")
             records.setdefault(name, {})[task] = record
-            if to is not None:
+            if options.json is not None:
                 content = {"hardware": hardware.describe(), "models": records}
-                write_whole(to.resolve(), json.dumps(content, indent=2) + "\n")
+                write_whole(options.json.resolve(), json.dumps(content, indent=2) + "\n")
         # Not held while the next one loads.
         del checkpoint
 

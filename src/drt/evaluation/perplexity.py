@@ -190,6 +190,7 @@ class PerplexityTask:
             "task": "perplexity",
             "mode": self.mode,
             "settings": asdict(self),
+            "precision": checkpoint.precision,
             "parameters": checkpoint.model.num_parameters(),
             "data_sha256": _data_sha256(split),
             "rows": [row for row in rows if row["label"] != OVERALL],
