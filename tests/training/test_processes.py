@@ -291,16 +291,18 @@ def as_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("then", [2, 4])
 def test_a_sharded_run_is_killed_and_goes_on_as_a_whole_one(
-    needles: RunConfig, haystack: Corpus, monkeypatch: pytest.MonkeyPatch
+    needles: RunConfig, haystack: Corpus, monkeypatch: pytest.MonkeyPatch, then: int
 ) -> None:
     tied = replace(
         needles,
         model={**needles.model, "tie_word_embeddings": True},
         training=replace(needles.training, evaluate_every=3),
     )
-    whole = in_parts(tied, "whole", 2)
-    sharded = in_parts(tied, "sharded", 1, sharding="fsdp", gradient_checkpointing=True)
+    whole = in_parts(tied, "whole", then)
+    given: Any = {"sharding": "fsdp", "gradient_checkpointing": True}
+    sharded = in_parts(tied, "sharded", then // 2, **given)
     assert run_in(whole, 1, haystack) == [0]
     as_on_gpus(monkeypatch)
     with pytest.MonkeyPatch.context() as patch:
@@ -309,7 +311,9 @@ def test_a_sharded_run_is_killed_and_goes_on_as_a_whole_one(
     # Both processes have written their part of it.
     shards = Path(sharded.output_dir).glob("checkpoint-3/pytorch_model_fsdp_0/*.distcp")
     assert len(list(shards)) == 2
-    assert run_in(sharded, 2, haystack, resume=True) == [0, 0]
+    # As many parts of a step as before, over twice as many processes.
+    sharded = in_parts(tied, "sharded", 1, **given)
+    assert run_in(sharded, then, haystack, resume=True) == [0] * then
     assert_close_run(sharded, whole)
     assert weights(sharded).keys() == weights(whole).keys()
 
