@@ -44,7 +44,7 @@ class Stage:
     length: int
     """Content tokens of a row; a multiple of the chunk size."""
     tasks: list[TaskMix]
-    """The needle tasks of the rows."""
+    """The tasks of the rows."""
     advance_below: float = 0.0
     """Answer loss (nats a token, smoothed over 20 steps) under which the next stage begins; above 0
     in every stage but the last, which has no next one."""

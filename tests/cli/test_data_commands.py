@@ -142,7 +142,7 @@ def test_a_tokenizer_is_trained_on_the_training_text_alone(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["prepare", "--out", "x"], "give the paths of files or folders (--from PATH)"),
+        (["prepare", "--out", "x"], "give the paths of files or folders"),
         (
             ["prepare", "pg91", "--from", "{books}", "--out", "x"],
             "latex, latex-hub, pg19, pg19-hub",

@@ -431,6 +431,11 @@ def test_rows_that_processes_cannot_share_are_refused_first(
     said = capsys.readouterr().err
     assert "row 'window': 2 rows of 128 tokens a step cannot be shared out over 3" in said
     assert not folder.exists()
+    # What is trained may be measured anywhere.
+    study = load_study(study_file, ["seeds=[0]"])
+    for job in plan_jobs(study):
+        run_job(study, job, folder)
+    check_jobs(study, folder, num_processes=3)
 
 
 def test_a_text_in_tokens_of_another_row_is_refused(study_file: Path) -> None:

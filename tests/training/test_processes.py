@@ -199,7 +199,7 @@ def test_a_run_that_not_all_processes_see_does_not_go_on(
     monkeypatch.setattr(run, "latest_checkpoint", seen)
     assert run_in(config, 2, haystack, resume=True) == [1, 1]
     said = (Path(config.output_dir).parent / "rank0.txt").read_text()
-    assert "newest checkpoints: checkpoint-3, none" in said
+    assert "newest there: checkpoint-3, none" in said
 
 
 def kill_process(*_: Any, **__: Any) -> None:

@@ -209,11 +209,13 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _tokenizer(options: argparse.Namespace) -> None:
-    from drt.data.bpe import check_new_folder, train_bpe
+    from drt.data.bpe import check_new_folder, check_vocab_size, train_bpe
     from drt.data.prepared import find_sources
     from drt.data.reading import left_out
 
+    # What is quick to fail comes before what is downloaded.
     check_new_folder(options.out)
+    check_vocab_size(options.vocab_size)
     sources = find_sources(_config(options), options.paths)
     if note := left_out(options.paths):
         print(note)

@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
         overrides.append(f"evaluation.lengths={_longer(options)}")
     if options.corpus:
         # Quoted: a name is no YAML.
-        overrides.append(f"corpus={json.dumps(options.corpus)}")
+        overrides.append(f"corpus={json.dumps(options.corpus, ensure_ascii=False)}")
     configs: dict[str, Any] = {
         DRT: load_config(find_config(options.config), overrides),
         BASELINE: load_config(find_config(options.baseline), overrides),

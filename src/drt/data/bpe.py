@@ -34,8 +34,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     Raises:
         ValueError: `vocab_size` is less than 257, or the texts have not so many pairs to join.
     """
-    if vocab_size < SMALLEST_VOCABULARY:
-        raise ValueError(f"vocab_size is {vocab_size}; it must be {SMALLEST_VOCABULARY} or more")
+    check_vocab_size(vocab_size)
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(  # pyright: ignore[reportAttributeAccessIssue]
         add_prefix_space=False
@@ -70,6 +69,12 @@ def _without_long_runs(texts: Iterable[str]) -> Iterator[str]:
                 yield text[start:cut]
                 start = cut
         yield text[start:]
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Raise ValueError if a vocabulary has no room for the bytes and `END_OF_TEXT`."""
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise ValueError(f"vocab_size is {vocab_size}; it must be {SMALLEST_VOCABULARY} or more")
 
 
 def check_new_folder(folder: str | Path) -> None:

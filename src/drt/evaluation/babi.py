@@ -114,7 +114,8 @@ class BabiTask:
             title: what the progress bar is called.
 
         Returns:
-            `scores` (a mapping of `BabiScore` for each length and task) and `settings`.
+            `scores` (a mapping of `BabiScore` for each length and task), `precision` and
+            `settings`.
 
         Raises:
             ValueError: no story of a task fits a length, the model has too few positions, or no
@@ -138,7 +139,7 @@ class BabiTask:
                         answers.append(self._ask(checkpoint.model, example, size))
                     bar.update(length)
                 scores.append(_score(task, length, answers)._asdict())
-        return {"scores": scores, "settings": asdict(self)}
+        return {"scores": scores, "precision": checkpoint.precision, "settings": asdict(self)}
 
     def _chunk_size(self, config: PreTrainedConfig) -> int:
         return self.chunk_size or common_chunk_size([config])

@@ -103,7 +103,7 @@ def first_token(config: PreTrainedConfig, *, wanted: bool) -> int | None:
     """
     if not wanted or isinstance(config, DRTConfig):
         return None
-    found = config.get_text_config().bos_token_id
+    found = getattr(config.get_text_config(), "bos_token_id", None)
     if found is None:
         raise ValueError(
             f"begin_with_bos: the configuration of a {config.model_type} has no bos_token_id"

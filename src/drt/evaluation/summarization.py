@@ -133,6 +133,7 @@ class SummarizationTask(SummarySource):
             "prompt_tokens": float(np.mean([len(prompt.token_ids) for prompt in prompts])),
             "summary_tokens": float(np.mean([each.num_tokens for each in written.values()])),
             "seconds": seconds,
+            "precision": checkpoint.precision,
             "settings": asdict(self),
         }
 

@@ -21,6 +21,7 @@ from accelerate.utils import broadcast_object_list
 
 from drt import hardware
 from drt.checkpoints import load_checkpoint
+from drt.configuration import DRTConfig
 from drt.data.tokenization import tokenizer_fingerprint
 from drt.evaluation import tasks
 from drt.evaluation.needles import common_chunk_size
@@ -111,12 +112,16 @@ def check_jobs(study: StudyConfig, folder: Path, *, num_processes: int = 1) -> N
     for row in study.trained:
         try:
             config = run_config(study, base, row, study.seeds[0], folder)
-            check_processes(config, num_processes)
+            runs = (Job(row, seed) for seed in study.seeds)
+            if not all(_is_trained(study, run, folder) for run in runs):
+                check_processes(config, num_processes)
             plan = _plan(study, base, row, planned)
             chunk_sizes[row] = common_chunk_size([plan.model_config])
             # Rows that are alike in these can do the same measurements.
+            of_text = plan.model_config.get_text_config()
             alike = (tokenizer_fingerprint(plan.tokenizer), chunk_sizes[row])
-            alike += (position_limit(plan.model_config), plan.model_config.bos_token_id)
+            alike += (position_limit(plan.model_config), isinstance(of_text, DRTConfig))
+            alike += (getattr(of_text, "bos_token_id", None),)
             for measurement in study.measurements_of(row).values():
                 if (measurement, alike) not in checked:
                     task = make_task(measurement.task, measurement.settings)
@@ -135,6 +140,11 @@ def check_jobs(study: StudyConfig, folder: Path, *, num_processes: int = 1) -> N
     _check_same_questions(study, {chunk_sizes[row] for row in study.rows})
     for job in plan_jobs(study):
         check_configuration(study, base, job, folder)
+
+
+def _is_trained(study: StudyConfig, job: Job, folder: Path) -> bool:
+    """Whether a run is trained, or its model not needed any more."""
+    return is_finished(run_folder(folder, *job)) or is_done(study, job, folder)
 
 
 def _plan(study: StudyConfig, base: dict[str, Any], row: str, known: dict[str, Planned]) -> Planned:

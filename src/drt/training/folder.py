@@ -79,7 +79,7 @@ def check_same_run(folder: Path, config: RunConfig) -> None:
     if other:
         raise ValueError(
             f"the run in {folder} has another configuration ({'; '.join(other[:3])}), see "
-            f"{folder / CONFIG_FILE}: overwrite it or choose another folder"
+            f"{CONFIG_FILE} and {INITIAL_CONFIG_FILE} there: overwrite it or choose another folder"
         )
 
 

@@ -74,7 +74,7 @@ def train(
     processes = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=1))
     folder = Path(config.output_dir)
     final, partial = folder / FINAL_FOLDER, folder / f"{FINAL_FOLDER}.partial"
-    if resume:
+    if resume and not overwrite:
         _check_shared(folder)
     if resume and not overwrite and is_finished(folder):
         _in_turn(lambda: check_same_run(folder, config), lambda: None)
@@ -93,14 +93,13 @@ def train(
 
     def prepare_first() -> tuple[Materials, TrainingArguments]:
         check_folder(folder, config, resume=resume, overwrite=overwrite)
-        prepared = prepare()
+        prepared, initial = prepare(), initial_config(config)
         # Only now that the run can begin is anything removed or written.
         if overwrite:
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder / CONFIG_FILE)
-        initial = initial_config(config)
-        if initial is not None and not (folder / INITIAL_CONFIG_FILE).is_file():
+        if initial is not None and latest_checkpoint(folder) is None:
             save_config(initial, folder / INITIAL_CONFIG_FILE)
         return prepared
 
@@ -148,13 +147,13 @@ def _in_turn(first: Callable[[], T], others: Callable[[], T]) -> T:
 
 def _check_shared(folder: Path) -> None:
     """Refuse to go on with a run that processes on other machines do not see."""
-    here = (is_finished(folder), getattr(latest_checkpoint(folder), "name", "none"))
+    newest = getattr(latest_checkpoint(folder), "name", "none")
+    here = FINAL_FOLDER if is_finished(folder) else newest
     seen = gather_object([here])
     if any(each != here for each in seen):
-        each_sees = ", ".join(name for _, name in seen)
         raise ValueError(
-            f"the processes do not see the same run in {folder} (newest checkpoints: {each_sees}): "
-            "machines that train together share output_dir"
+            f"the processes do not see the same run in {folder} (newest there: "
+            f"{', '.join(seen)}): machines that train together share output_dir"
         )
 
 

@@ -84,7 +84,7 @@ def find_sources(config: CorpusConfig, paths: list[Path]) -> dict[str, Source]:
         raise ValueError(
             f"the corpus is {config.hub} on the hub: it takes no paths"
             if config.hub
-            else "the corpus is local text: give the paths of files or folders (--from PATH)"
+            else "the corpus is local text: give the paths of files or folders"
         )
     sources = _hub_sources(config) if config.hub else _file_sources(config, paths)
     if config.hold_out_one_in is None:
