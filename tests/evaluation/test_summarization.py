@@ -28,6 +28,7 @@ class Loaded(NamedTuple):
 
     model: Any
     tokenizer: Any
+    precision: str = "float32"
 
     def autocast(self) -> AbstractContextManager[Any]:
         return nullcontext()

@@ -231,7 +231,7 @@ def test_one_process_does_not_take_several_gpus(
     prepared: Path, small_model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ValueError, match="one process sees 2 GPUs: start one a GPU with torchrun"):
+    with pytest.raises(ValueError, match="one process sees 2 GPUs: start one a GPU, with torchrun"):
         train(text_run(prepared, small_model))
 
 
